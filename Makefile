@@ -1,0 +1,64 @@
+# The one task runner: people, hooks and CI call it. `make` lists what there is.
+
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+STUDENTS ?= koala-700m koala-1b
+PREFECT_PORT ?= 4200
+MLFLOW_PORT ?= 5000
+
+export PATH := $(BIN):$(PATH)
+# Nothing here tells anyone anything.
+export DO_NOT_TRACK := true
+export DVC_NO_ANALYTICS := true
+export HF_HUB_DISABLE_TELEMETRY := true
+export ITERATIVE_DO_NOT_TRACK := true
+export MLFLOW_DISABLE_TELEMETRY := true
+export NO_ALBUMENTATIONS_UPDATE := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve repro test lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/installed ## make .venv from requirements.lock, if it is missing or older
+
+# The lock names every package, so nothing is resolved: `dataclasses`, a backport that img2dataset asks for, would hide the
+# standard library's from Prefect's server.
+$(VENV)/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+		{ echo "make: $(PYTHON) is not Python 3.11 or 3.12: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "Installing the locked packages into $(VENV): some gigabytes, a few minutes, once."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: install ## the whole pipeline for both students at the demo profile, on a CPU
+	@env -u PREFECT_API_URL -u PREFECT_API_KEY $(BIN)/python -m flows.distill --profile demo $(STUDENTS)
+
+serve: install ## Prefect (server, worker, deployments) and MLflow's UI on loopback (PREFECT_PORT=4200 MLFLOW_PORT=5000)
+	@$(BIN)/python -m flows.serve --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+
+repro: install ## the pipeline by DVC alone, at the profile that params.yaml names
+	@$(BIN)/dvc repro
+
+test: lint ## all checks and all tests
+	$(BIN)/python -m pytest
+
+lint: install ## style, types, spelling
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+format: install ## put the style right
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove caches, and artifacts that `dvc checkout` brings back; releases and unfinished work stay
+	rm -rf .mypy_cache .pytest_cache .ruff_cache build dvc_plots *.egg-info
+	find koala flows tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find artifacts -mindepth 2 -maxdepth 2 ! -name publish -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,68 @@
+"""What a person sees of long work: a progress bar in a terminal, a line now and then in a log, each with an estimate."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+LOG_EVERY_SECONDS = 10.0
+
+
+def progress(items: Iterable[T], label: str, total: int | None = None, done: int = 0) -> Iterator[T]:
+    """Yield `items` and show how far they are.
+
+    `done` of `total` are behind us already (resumed work): they count in the share, not in the estimate.
+    Everything goes to stderr, so that stdout stays what the command gives.
+    """
+    if total is None:
+        total = done + len(items)  # type: ignore[arg-type]
+    show = _bar if sys.stderr.isatty() else _lines
+    yield from show(items, label, total, done)
+
+
+def _bar(items: Iterable[T], label: str, total: int, done: int) -> Iterator[T]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total, completed=done)
+        for item in items:
+            yield item
+            bar.advance(task)
+
+
+def _lines(items: Iterable[T], label: str, total: int, done: int) -> Iterator[T]:
+    start = last = time.monotonic()
+    for count, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - last >= LOG_EVERY_SECONDS or done + count == total:
+            last = now
+            left = (now - start) / count * (total - done - count)
+            print(f"{label}: {done + count}/{total}, {_minutes(left)} left", file=sys.stderr, flush=True)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def say(line: str) -> None:
+    """One line of news to stderr, at once."""
+    print(line, file=sys.stderr, flush=True)

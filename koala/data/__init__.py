@@ -1,0 +1,1 @@
+"""From a list of image URLs to latents: source, download, filter, encode."""

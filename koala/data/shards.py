@@ -1,0 +1,106 @@
+"""Samples in webdataset shards: tar files of an image, its caption and its metadata, three members of one name.
+
+    00000.tar:  000000012.jpg  000000012.txt  000000012.json  000000015.jpg  ...
+
+Reading sorts samples by key, whatever the order in the file, and unpickles nothing. Writing gives the same bytes for
+the same samples, so that DVC sees no change where there is none.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image and what is known of it.
+
+    image: the encoded file; extension: of the image, without a dot; meta: img2dataset's JSON (url, width, height,
+    original_width, original_height, sha256 of the file that was fetched) and the columns of scores.
+    """
+
+    key: str
+    image: bytes
+    extension: str
+    caption: str
+    meta: dict[str, Any]
+
+
+def shards(folder: Path) -> list[Path]:
+    """The folder's tar files, in order."""
+    return sorted(folder.glob("*.tar"))
+
+
+def read_shards(folder: Path) -> Iterator[Sample]:
+    """All samples of the folder's shards: shards in order of name, samples in order of key."""
+    for shard in shards(folder):
+        yield from read_shard(shard)
+
+
+def read_shard(shard: Path) -> Iterator[Sample]:
+    """A shard's samples in order of key; members of a sample that lacks an image are skipped."""
+    with tarfile.open(shard, "r:") as tar:
+        members: dict[str, dict[str, tarfile.TarInfo]] = {}
+        for member in tar.getmembers():
+            key, _, extension = member.name.partition(".")
+            members.setdefault(key, {})[extension.lower()] = member
+        for key in sorted(members):
+            parts = members[key]
+            images = sorted(parts.keys() & IMAGE_EXTENSIONS)
+            if images:
+                caption = _read(tar, parts.get("txt")).decode(errors="replace")
+                meta = json.loads(_read(tar, parts.get("json")) or b"{}")
+                yield Sample(key, _read(tar, parts[images[0]]), images[0], caption, meta)
+
+
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> bytes:
+    file = tar.extractfile(member) if member else None
+    return file.read() if file else b""
+
+
+class ShardWriter:
+    """Writes samples to 00000.tar, 00001.tar, ... of `shard_size` samples each. A context manager."""
+
+    def __init__(self, folder: Path, shard_size: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._shard_size = shard_size
+        self._written = 0
+        self._tar: tarfile.TarFile | None = None
+
+    def write(self, sample: Sample) -> None:
+        if self._written % self._shard_size == 0:
+            self._close()
+            shard = self._folder / f"{self._written // self._shard_size:05d}.tar"
+            self._tar = tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self._add(f"{sample.key}.{sample.extension}", sample.image)
+        self._add(f"{sample.key}.txt", sample.caption.encode())
+        self._add(f"{sample.key}.json", json.dumps(sample.meta, sort_keys=True).encode())
+        self._written += 1
+
+    def _add(self, name: str, content: bytes) -> None:
+        # A fresh TarInfo holds no time, owner or umask of this machine.
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        assert self._tar is not None
+        self._tar.addfile(member, io.BytesIO(content))
+
+    def _close(self) -> None:
+        if self._tar:
+            self._tar.close()
+            self._tar = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()

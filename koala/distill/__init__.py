@@ -1,0 +1,1 @@
+"""Knowledge distillation from the teacher's U-Net into a student's."""

@@ -1,0 +1,162 @@
+"""What each training step sees, as a pure function of (seed, step): nothing to save, so resume is exact.
+
+Samples, noise, timesteps and caption dropout of step n follow from the seed, n and a sample's place in the global batch:
+not from what ran before, nor from how many processes share the batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from koala.data.latents import LatentSet
+from koala.distill.config import DistillConfig
+from koala.errors import KoalaError
+
+Place = tuple[int, int, int]
+"""A sample's step, its place in the global batch, and its number in the data set."""
+
+_ORDER, _DRAW = 0, 1  # keep the two kinds of random stream apart
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of one bucket. latents, noise: B x 4 x h x w; timesteps: B; tokens: B x 2 x T; keep: B, off where the
+    caption is dropped; time_ids: B x 6, px.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    tokens: Tensor
+    keep: Tensor
+    time_ids: Tensor
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+
+    def pin_memory(self) -> Self:
+        return type(self)(**{name: value.pin_memory() for name, value in vars(self).items()})
+
+
+class Order:
+    """Which samples make up the global batch of a step. Every epoch shuffles each bucket, cuts it into batches of one bucket,
+    and shuffles the batches; what is left of a bucket sits out that epoch.
+    """
+
+    def __init__(self, buckets: dict[tuple[int, int], np.ndarray], batch_size: int, seed: int) -> None:
+        self._buckets = buckets
+        self._batch_size = batch_size
+        self._seed = seed
+        self.batches_per_epoch = sum(len(numbers) // batch_size for numbers in buckets.values())
+        if not self.batches_per_epoch:
+            most = max(map(len, buckets.values()))
+            raise KoalaError(
+                f"the largest bucket holds {most} samples, fewer than distill.batch_size {batch_size}: "
+                "lower batch_size, or let more samples through"
+            )
+        self._epoch = -1
+        self._batches: list[np.ndarray] = []
+
+    def at(self, step: int) -> np.ndarray:
+        """The sample numbers of step `step` (from 0): batch_size of them."""
+        epoch, place = divmod(step, self.batches_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self._shuffle(epoch)
+        return self._batches[place]
+
+    def _shuffle(self, epoch: int) -> list[np.ndarray]:
+        random = np.random.default_rng((self._seed, _ORDER, epoch))
+        batches = []
+        for _, numbers in sorted(self._buckets.items()):
+            shuffled = random.permutation(numbers)
+            whole = len(shuffled) // self._batch_size * self._batch_size
+            batches += list(shuffled[:whole].reshape(-1, self._batch_size))
+        return [batches[index] for index in random.permutation(len(batches))]
+
+
+class MicroBatches(Sampler[list[Place]]):
+    """The places of each micro-batch of one process, from step `start` to `stop`: process r of p takes the r-th, the
+    (p + r)-th, ... micro-batch of every global batch.
+    """
+
+    def __init__(self, order: Order, micro_batch: int, rank: int, processes: int, start: int, stop: int) -> None:
+        self._order = order
+        self._micro_batch = micro_batch
+        self._rank, self._processes = rank, processes
+        self._start, self._stop = start, stop
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        for step in range(self._start, self._stop):
+            numbers = self._order.at(step)
+            stride = self._micro_batch * self._processes
+            for first in range(self._rank * self._micro_batch, len(numbers), stride):
+                yield [(step, place, int(numbers[place])) for place in range(first, first + self._micro_batch)]
+
+
+class TrainingSet(Dataset[tuple]):
+    """Encoded samples with the noise, timestep and caption dropout of their place in training."""
+
+    def __init__(self, data: LatentSet, config: DistillConfig, train_timesteps: int) -> None:
+        self._data = data
+        self._config = config
+        self._timesteps = config.timesteps or tuple(range(train_timesteps))
+
+    def __getitem__(self, place: Place) -> tuple:
+        step, position, number = place
+        sample = self._data[number]
+        seed = np.random.SeedSequence((self._config.seed, _DRAW, step, position)).generate_state(2, np.uint32)
+        random = torch.Generator().manual_seed(int(seed[0]) << 32 | int(seed[1]))
+        timestep = self._timesteps[int(torch.randint(len(self._timesteps), (), generator=random))]
+        keep = bool(torch.rand((), generator=random) >= self._config.caption_dropout)
+        latent = sample.latent.float()
+        noise = torch.randn(latent.shape, generator=random)
+        return latent, noise, timestep, keep, sample.caption, sample.time_ids
+
+
+def load(
+    data: LatentSet,
+    config: DistillConfig,
+    tokenize: Callable[[Sequence[str]], Tensor],
+    train_timesteps: int,
+    rank: int,
+    processes: int,
+    start: int,
+) -> Iterator[list[Batch]]:
+    """For every step from `start` on, this process's micro-batches.
+
+    Raises KoalaError where the global batch does not divide among the processes.
+    """
+    if config.batch_size % (config.micro_batch * processes):
+        raise KoalaError(
+            f"distill.batch_size {config.batch_size} does not divide into micro-batches of {config.micro_batch} on "
+            f"{processes} processes: make it a multiple of {config.micro_batch * processes}"
+        )
+    accumulate = config.batch_size // (config.micro_batch * processes)
+
+    def collate(items: list[tuple]) -> Batch:
+        latents, noise, timesteps, keep, captions, time_ids = zip(*items, strict=True)
+        return Batch(
+            latents=torch.stack(latents),
+            noise=torch.stack(noise),
+            timesteps=torch.tensor(timesteps),
+            tokens=tokenize(captions),
+            keep=torch.tensor(keep),
+            time_ids=torch.tensor(time_ids),
+        )
+
+    order = Order(data.buckets, config.batch_size, config.seed)
+    loader = DataLoader(
+        TrainingSet(data, config, train_timesteps),
+        batch_sampler=MicroBatches(order, config.micro_batch, rank, processes, start, config.steps),
+        collate_fn=collate,
+        num_workers=config.workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    batches = iter(loader)
+    for _ in range(start, config.steps):
+        yield [next(batches) for _ in range(accumulate)]

@@ -1,0 +1,77 @@
+"""Parameters of distillation."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from koala.section import Section
+
+FeatureKind = Literal["self_attention", "cross_attention", "feed_forward", "residual", "last"]
+
+
+class FeatureConfig(Section):
+    """One kind of feature that the student learns to reproduce, and where.
+
+    stages: names (DW1, Mid, UP2 ...); left out: every stage that has the kind.
+    layers: which of the teacher's transformer layers a shallower student's are compared with.
+    after_residual: take attention and feed-forward features after the residual add, not before it.
+    """
+
+    kind: FeatureKind
+    stages: tuple[str, ...] | None = None
+    layers: Literal["first", "interleaved", "last"] = "first"
+    after_residual: bool = False
+
+
+class LossWeights(Section):
+    """Weights of the objective's terms (KOALA: all 1)."""
+
+    task: float = Field(default=1.0, ge=0)
+    output: float = Field(default=1.0, ge=0)
+    feature: float = Field(default=1.0, ge=0)
+
+
+class DistillConfig(Section):
+    """The recipe. `batch_size` counts the images of one optimiser step over all processes and accumulated micro-batches.
+
+    launch: the accelerate configuration file; how many processes and which devices is its matter alone.
+    features: `koala` (self-attention wherever there is some, and the last feature of stages without transformers),
+    `bk-sdm` (the last feature of every stage), or a list.
+    """
+
+    launch: str
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    micro_batch: int = Field(gt=0, description="images of one forward pass on one device")
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = Field(default=0, ge=0, description="steps")
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    features: Literal["koala", "bk-sdm"] | tuple[FeatureConfig, ...] = "koala"
+    weights: LossWeights = LossWeights()
+    min_snr_gamma: float | None = Field(default=None, gt=0)
+    timesteps: tuple[int, ...] | None = Field(default=None, description="train at these alone (few-step teachers)")
+    caption_dropout: float = Field(default=0.1, ge=0, lt=1)
+    teacher_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    workers: int = Field(default=0, ge=0, description="processes that load data, for each training process")
+    checkpoint_every: int = Field(gt=0)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    log_every: int = Field(default=10, gt=0)
+    validate_every: int = Field(gt=0, description="steps between grids of validation images")
+    validation_prompts: tuple[str, ...] = ()
+    validation_steps: int = Field(default=25, gt=0)
+    validation_guidance: float = 7.5
+    max_bad_steps: int = Field(
+        default=10, ge=1, description="stop after this many steps in a row with a non-finite gradient"
+    )
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "DistillConfig":
+        if self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        return self

@@ -1,0 +1,93 @@
+"""The distillation task: student, frozen teacher and losses in one module, whose forward gives named losses."""
+
+from typing import TYPE_CHECKING, Self
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from koala.distill.conditioning import TextConditioner
+from koala.distill.config import DistillConfig
+from koala.distill.features import Capture, FeaturePair
+from koala.distill.losses import min_snr_weight, mse, snr
+
+if TYPE_CHECKING:
+    from koala.distill.batches import Batch
+
+
+class DistillTask(nn.Module):
+    """L = L_task + L_outKD + sum of L_featKD (KOALA, section 3.3), before the weights.
+
+    Only the student learns: the teacher and the text encoders hold no gradients and stay in eval mode.
+    """
+
+    def __init__(
+        self,
+        student: UNet2DConditionModel,
+        teacher: UNet2DConditionModel,
+        text: TextConditioner,
+        scheduler: DDPMScheduler,
+        pairs: tuple[FeaturePair, ...],
+        config: DistillConfig,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher.requires_grad_(False)
+        self.text = text
+        self.scheduler = scheduler
+        self.pairs = pairs
+        self.config = config
+        self.student_features = Capture(student, [pair.student for pair in pairs])
+        self.teacher_features = Capture(teacher, [pair.teacher for pair in pairs])
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.teacher.eval()
+        self.text.eval()
+        return self
+
+    def forward(self, batch: "Batch") -> dict[str, Tensor]:
+        """The objective's terms, each a scalar in fp32: `task`, `output`, and `feature/STAGE` for each stage with pairs.
+
+        A stage's feature term is the sum over its pairs of their mean squared errors.
+        """
+        noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        states, pooled = self.text(batch.tokens, batch.keep)
+        inputs = (noisy, batch.timesteps)
+        with torch.no_grad(), self.teacher_features.recording() as taught:
+            expected = _predict(self.teacher, *inputs, states, pooled, batch.time_ids)
+        with self.student_features.recording() as learnt:
+            predicted = _predict(self.student, *inputs, states, pooled, batch.time_ids)
+        weight = self._weight(batch.timesteps)
+        losses = {
+            "task": mse(predicted, self._target(batch), weight),
+            "output": mse(predicted, expected, weight),
+        }
+        for pair in self.pairs:
+            name = f"feature/{pair.stage}"
+            losses[name] = losses.get(name, 0) + mse(learnt[pair.student], taught[pair.teacher])
+        return losses
+
+    def _target(self, batch: "Batch") -> Tensor:
+        if self.scheduler.config.prediction_type == "v_prediction":
+            return self.scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+        return batch.noise
+
+    def _weight(self, timesteps: Tensor) -> Tensor | None:
+        if self.config.min_snr_gamma is None:
+            return None
+        ratio = snr(self.scheduler.alphas_cumprod, timesteps)
+        return min_snr_weight(ratio, self.config.min_snr_gamma, self.scheduler.config.prediction_type)
+
+
+def _predict(
+    unet: UNet2DConditionModel, noisy: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor, time_ids: Tensor
+) -> Tensor:
+    dtype = unet.dtype
+    return unet(
+        noisy.to(dtype),
+        timesteps,
+        encoder_hidden_states=states.to(dtype),
+        added_cond_kwargs={"text_embeds": pooled.to(dtype), "time_ids": time_ids},
+    ).sample

@@ -1,0 +1,8 @@
+"""The one kind of error that a user can mend."""
+
+
+class KoalaError(Exception):
+    """Something that the user can mend. Its text is one line: what is wrong, and what to do.
+
+    `koala` prints it without a traceback and leaves with exit status 2.
+    """

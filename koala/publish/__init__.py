@@ -1,0 +1,1 @@
+"""From a distilled pipeline to a release: gate, card, folder, Hub, S3."""

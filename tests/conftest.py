@@ -1,0 +1,121 @@
+"""What tests of several packages share: a workspace of their own, and models and latents a few numbers wide."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    from koala.cli import QUIET
+
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with params.yaml at profile `smoke`, infra/, and an MLflow store of its own; the current folder."""
+    document = yaml.safe_load((ROOT / "params.yaml").read_text())
+    document["profile"] = "smoke"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(document))
+    (tmp_path / "infra").symlink_to(ROOT / "infra")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return tmp_path
+
+
+@pytest.fixture
+def change_params(workspace: Path) -> Callable[..., None]:
+    """Set values of profile `smoke` in the workspace: `change_params(distill={"steps": 4})`."""
+
+    def change(**sections: dict) -> None:
+        file = workspace / "params.yaml"
+        document = yaml.safe_load(file.read_text())
+        for section, values in sections.items():
+            document["profiles"]["smoke"][section] |= values
+        file.write_text(yaml.safe_dump(document))
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an SDXL pipeline with random weights, small enough for a step to take milliseconds."""
+    from diffusers import AutoencoderKL
+
+    from koala.demo.config import FitConfig, TinyTeacherConfig
+    from koala.demo.teacher import build_pipeline
+
+    torch.manual_seed(0)
+    fit = FitConfig(steps=1, batch_size=1, learning_rate=1e-3)
+    config = TinyTeacherConfig(
+        kind="tiny", unet_channels=(16, 32, 32), unet_depths=(0, 1, 2), text_width=32, vae=fit, unet=fit
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    folder = tmp_path_factory.mktemp("teacher")
+    build_pipeline(config, vae).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture
+def distillable(workspace: Path, tiny_teacher: Path) -> Path:
+    """A workspace whose stages before `distill` have run: teacher, 37 latents in two buckets, both students."""
+    from koala import config
+    from koala.unet.build import run as build
+
+    class Recorder:
+        def __getattr__(self, _: str) -> Callable[..., None]:
+            return lambda *args, **kwargs: None
+
+    params = config.load()
+    shutil.copytree(tiny_teacher, params.out("teacher"))
+    write_latents(params.out("encode"), {(32, 32): 29, (32, 64): 8})
+    for student in params.students:
+        build(params, Recorder(), student)
+    return workspace
+
+
+def write_latents(folder: Path, buckets: dict[tuple[int, int], int]) -> None:
+    """Random encoded samples, as `encode` would write them: so many in each bucket."""
+    from safetensors.torch import save_file
+
+    from koala.data.latents import COLUMNS
+
+    folder.mkdir(parents=True)
+    random = torch.Generator().manual_seed(0)
+    rows = []
+    for (height, width), count in buckets.items():
+        name = f"00000-{height}x{width}.safetensors"
+        save_file({"latents": torch.randn(count, 4, height // 4, width // 4, generator=random)}, folder / name)
+        for row in range(count):
+            rows.append(
+                {
+                    "key": f"{len(rows):09d}",
+                    "caption": f"a large red circle on a {'white' if row % 2 else 'black'} background",
+                    "file": name,
+                    "row": row,
+                    "bucket_height": height,
+                    "bucket_width": width,
+                    "original_height": 2 * height,
+                    "original_width": 2 * width + row,
+                    "crop_top": 0,
+                    "crop_left": row % 3,
+                    "flipped": False,
+                }
+            )
+    pq.write_table(pa.Table.from_pylist(rows, COLUMNS), folder / "00000.parquet")

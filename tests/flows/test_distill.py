@@ -1,0 +1,179 @@
+"""The flow, on a real Prefect server and a tiny DVC project."""
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import UUID
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterId,
+    LogFilter,
+    LogFilterFlowRunId,
+)
+from prefect.client.schemas.objects import State
+from prefect.testing.utilities import prefect_test_harness
+
+from flows import distill as module
+from flows.distill import distill, stage_task
+from flows.report import table
+from flows.stages import pipeline
+
+
+@pytest.fixture(scope="session")
+def prefect() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture
+def client(
+    prefect: None, project: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[SyncPrefectClient]:
+    """A server, for a flow that runs in this process and in the project."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
+    monkeypatch.setattr(module, "RETRY_DELAYS", [0.0])
+    with get_client(sync_client=True) as client:
+        yield client
+
+
+def flow_run_id(state: State) -> UUID:
+    assert state.state_details.flow_run_id
+    return state.state_details.flow_run_id
+
+
+def mlflow_runs(store: str, state: State) -> list[Run]:
+    client = MlflowClient(tracking_uri=store)
+    experiment = client.get_experiment_by_name("koala-demo")
+    return client.search_runs([experiment.experiment_id], f"tags.flow_run = '{flow_run_id(state)}'")
+
+
+def test_each_stage_is_a_task_after_those_it_needs(client: SyncPrefectClient, project: Path) -> None:
+    state = distill("koala-a", return_state=True)
+    assert state.is_completed()
+    runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id(state)])))
+    names = {run.id: run.name for run in runs}
+    upstream = {run.name: {names[one.id] for one in run.task_inputs["wait_for"]} for run in runs}
+    assert upstream == {
+        "knead": set(),
+        "heat": set(),
+        "evaluate@koala-a": {"heat", "knead"},
+        "publish@koala-a": {"evaluate@koala-a"},
+    }
+    assert not (project / "artifacts/demo/publish/koala-b").exists()
+
+
+def test_the_stages_output_is_in_the_runs_log(client: SyncPrefectClient) -> None:
+    state = distill("koala-a", return_state=True)
+    wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id(state)]))
+    deadline = time.monotonic() + 20
+    seen: list[str] = []
+    while not any(line.startswith("making koala-a in ") for line in seen):
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.2)
+        seen = [log.message for log in client.read_logs(wanted)]
+    assert any(line.startswith("making heat in ") for line in seen)
+
+
+def test_the_run_ends_with_artifacts_and_a_parent_run(
+    client: SyncPrefectClient, project: Path, mlflow_store: str
+) -> None:
+    state = distill("koala-a", return_state=True)
+    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id(state)]))
+    artifacts = {artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=wanted)}
+    assert set(artifacts) == {"koala-a-summary", "koala-a-grid", "koala-a-mlflow", "koala-a-release"}
+    assert "| teacher | 6 M |" in str(artifacts["koala-a-summary"].data)
+    assert str(project / "artifacts/demo/publish/koala-a/release") in str(artifacts["koala-a-release"].data)
+
+    (run,) = mlflow_runs(mlflow_store, state)
+    assert run.info.status == "FINISHED"
+    logged = {file.path for file in MlflowClient(tracking_uri=mlflow_store).list_artifacts(run.info.run_id)}
+    assert logged == {"grid.png", "summary.md"}
+    assert str(artifacts["koala-a-grid"].data).endswith(f"/get-artifact?path=grid.png&run_uuid={run.info.run_id}")
+    assert run.info.run_id in str(artifacts["koala-a-mlflow"].data)
+
+
+def test_a_failure_says_what_the_stage_said_and_stops_there(
+    client: SyncPrefectClient, project: Path, mlflow_store: str
+) -> None:
+    (project / "do.py").write_text(
+        "if out.name == 'heat': print('koala: the oven is cold: light it', file=sys.stderr); sys.exit(2)"
+    )
+    state = distill("koala-a", return_state=True)
+    assert state.is_failed()
+    assert state.message == "heat: koala: the oven is cold: light it"
+    assert not (project / "artifacts/demo/evaluate").exists()
+    assert [run.info.status for run in mlflow_runs(mlflow_store, state)] == ["FAILED"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "end", "tries"),
+    [
+        ("knead", "sys.exit(1)", 2),  # uses the network, says dvc.yaml
+        ("heat", "sys.exit(1)", 1),  # does not
+        ("knead", "sys.exit(2)", 1),  # the user must mend something
+        ("knead", "os.kill(os.getpid(), 15)", 1),  # someone stopped it
+    ],
+)
+def test_who_is_tried_again(client: SyncPrefectClient, project: Path, stage: str, end: str, tries: int) -> None:
+    (project / "do.py").write_text(f"if out.name == {stage!r}: open('tries', 'a').write('x'); {end}")
+    task = stage_task(next(one for one in pipeline("publish@koala-a") if one.name == stage))
+    state = task(stage, "a-flow-run", "a-parent-run", return_state=True)
+    assert state.is_failed()
+    assert (project / "tries").read_text() == "x" * tries
+
+
+def test_sigterm_to_the_program_ends_all_of_it(
+    project: Path, lingering, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    program = start("-m", "flows.distill", "koala-a")
+    lingering.wait()
+    family = psutil.Process(program.pid).children(recursive=True)  # the temporary server too
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(30) == 128 + signal.SIGTERM
+    assert lingering.saved
+    assert lingering.left() == []
+    assert [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_the_program_refuses_what_cannot_be_in_one_line(
+    start: Callable[..., subprocess.Popen[str]], project: Path
+) -> None:
+    assert start("-m", "flows.distill", "panda").wait(60) == 2
+    assert (project / "log").read_text().splitlines() == [
+        "distill: dvc.yaml has no stage 'publish@panda': choose one of publish@koala-a, publish@koala-b"
+    ]
+    assert start("-m", "flows.distill", "koala-a", "--profile", "sdxl").wait(60) == 2
+    assert (project / "log").read_text().splitlines() == [
+        "distill: params.yaml says `profile: demo`: this wants `profile: sdxl` there"
+    ]
+
+
+def test_the_program_ends_with_a_table_and_where_things_are(
+    start: Callable[..., subprocess.Popen[str]], project: Path, outside: dict[str, str]
+) -> None:
+    assert start("-m", "flows.distill", "koala-a", "koala-b").wait(120) == 0, (project / "log").read_text()
+    log = (project / "log").read_text()
+    assert "model    size\n-------  ----\nteacher   6 M" in log
+    for student in ("koala-a", "koala-b"):
+        assert f"Pictures: artifacts/demo/evaluate/{student}/grid.png" in log
+        assert f"Release:  artifacts/demo/publish/{student}/release" in log
+    assert "make serve" in log
+    assert log.count("Stage 'heat' didn't change, skipping") == 1  # the second student finds it made
+    home = Path(outside["HOME"])
+    assert not (home / ".prefect").exists()  # the user's home stays as it was
+
+
+def test_a_table_lines_up() -> None:
+    assert table(["a", "number"], [["long one", 1], ["b", 22]]) == (
+        "a         number\n--------  ------\nlong one       1\nb             22"
+    )
