@@ -33,9 +33,10 @@ StudentName = Annotated[str, typer.Argument(metavar="STUDENT", help="a student o
 
 
 def _run_stage(stage: str, module: str, student: str | None = None) -> None:
-    from koala import config, tracking
+    from koala import config, requirements, tracking
 
     params = config.load()
+    requirements.check(params.profile, params.requires, stage)
     if student is not None:
         params.student(student)
     code = importlib.import_module(module)

@@ -8,7 +8,7 @@ A section of the wrong shape anywhere in the chosen profile is refused here, bef
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import ValidationError
@@ -26,8 +26,9 @@ PARAMS_FILE = Path("params.yaml")
 
 
 class Profile(Section):
-    """A complete configuration of the pipeline: one section a stage."""
+    """A complete configuration of the pipeline: one section a stage. requires: of the machine, see koala.requirements."""
 
+    requires: tuple[Literal["cuda", "hub"], ...] = ()
     source: SourceConfig
     download: DownloadConfig
     filter: FilterConfig

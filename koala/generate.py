@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from koala import pipeline
 from koala.console import progress, say
-from koala.evaluate.grid import grid, tiles
+from koala.grid import grid, tiles
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -27,8 +27,8 @@ class TinyTeacherConfig(Section):
     pictures: int = Field(default=8000, gt=0)
     vae_channels: tuple[int, ...] = (16, 32, 32)
     vae: FitConfig
-    unet_channels: tuple[int, ...] = (32, 64, 96)
-    unet_depths: tuple[int, ...] = (0, 1, 3)
+    unet_channels: tuple[int, ...] = (64, 64, 96)
+    unet_depths: tuple[int, ...] = (0, 1, 2)
     text_width: int = 64
     unet: FitConfig
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)

@@ -32,7 +32,7 @@ from koala.distill.features import feature_pairs
 from koala.distill.losses import total
 from koala.distill.task import DistillTask
 from koala.errors import KoalaError
-from koala.evaluate.grid import grid
+from koala.grid import grid
 from koala.tracking import StageRun
 from koala.unet.blocks import keep
 

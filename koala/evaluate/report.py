@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from koala.evaluate.grid import grid
+from koala.grid import grid
 from koala.evaluate.prompts import Prompt
 
 LABELS = {"teacher": "teacher", "before": "student before distillation", "after": "student after"}

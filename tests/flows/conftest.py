@@ -69,20 +69,29 @@ if out.name == "heat":
 """
 
 
+@pytest.fixture(scope="session")
+def make_project() -> Callable[[Path], None]:
+    """Makes a folder a project of two stages and two more for each of two students."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "flows").symlink_to(ROOT / "flows")
+        (folder / "prefect.toml").write_text((ROOT / "prefect.toml").read_text())
+        (folder / "params.yaml").write_text("profile: demo\nstudents: {koala-a: {x: 1}, koala-b: {x: 2}}\n")
+        (folder / "dvc.yaml").write_text(DVC_YAML)
+        (folder / "stage.py").write_text(STAGE_PY)
+        for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
+            subprocess.run(command, cwd=folder, check=True)
+
+    return make
+
+
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project of two stages and two more for each of two students, as the current directory."""
-    folder = tmp_path / "project"
-    folder.mkdir()
-    (folder / "flows").symlink_to(ROOT / "flows")
-    (folder / "prefect.toml").write_text((ROOT / "prefect.toml").read_text())
-    (folder / "params.yaml").write_text("profile: demo\nstudents: {koala-a: {x: 1}, koala-b: {x: 2}}\n")
-    (folder / "dvc.yaml").write_text(DVC_YAML)
-    (folder / "stage.py").write_text(STAGE_PY)
-    for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
-        subprocess.run(command, cwd=folder, check=True)
-    monkeypatch.chdir(folder)
-    return folder
+def project(tmp_path: Path, make_project: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project, as the current directory."""
+    make_project(tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """`make serve`: a server, a worker and deployments, from start to end."""
 
-import os
 import re
 import signal
 import socket
@@ -9,10 +8,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from uuid import UUID
 
 import psutil
 import pytest
 import yaml
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelling
 
 from flows.processes import carrying
 from flows.serve import SERVICE
@@ -58,64 +61,58 @@ def test_runs_are_cancelled_and_lost_and_ended_without_a_trace(
 ) -> None:
     """One test, since a server takes half a minute: each step needs the one before."""
     (project / "infra").mkdir()
-    deployments = (
-        (ROOT / "infra/prefect.yaml").read_text().replace("koala-700m", "koala-a").replace("koala-1b", "koala-b")
+    deployments = (ROOT / "infra/prefect.yaml").read_text()
+    (project / "infra/prefect.yaml").write_text(
+        deployments.replace("koala-700m", "koala-a").replace("koala-1b", "koala-b")
     )
-    (project / "infra/prefect.yaml").write_text(deployments)
-    port = free_port()
-    environment = {**outside, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
-
-    def prefect(*arguments: str) -> str:
-        done = subprocess.run([PREFECT, *arguments], env=environment, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def state(run: str) -> str:
-        found = re.search(r"type=StateType\.(\w+)", prefect("flow-run", "inspect", run))
-        assert found
-        return found[1]
-
-    def until_state(run: str, wanted: str) -> None:
-        deadline = time.monotonic() + 40
-        while (now := state(run)) != wanted:
-            assert time.monotonic() < deadline, f"{now}, not {wanted}:\n{log.read_text()}"
-            time.sleep(1)
-
-    def run() -> str:
-        found = re.search(r"UUID: (\S+)", prefect("deployment", "run", "distill/koala-a"))
-        assert found
-        lingering.wait()
-        return found[1]
-
     log = project / "log"
+    port = free_port()
     serve = start("-m", "flows.serve", f"--prefect-port={port}", f"--mlflow-port={free_port()}")
-    deadline = time.monotonic() + 180
-    while "in another terminal" not in log.read_text():
-        assert serve.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.2)
+    wait_until(lambda: "in another terminal" in log.read_text(), 180, serve, log)
+    address = f"http://127.0.0.1:{port}/api"
 
-    # Cancelled: the stage saves its work, and both of its processes are gone.
-    cancelled = run()
-    prefect("flow-run", "cancel", cancelled)
-    lingering.wait_until_gone(40)
-    assert lingering.saved
-    until_state(cancelled, "CANCELLED")
+    def run() -> UUID:
+        command = [PREFECT, "deployment", "run", "distill/koala-a"]
+        told = subprocess.run(command, env={**outside, "PREFECT_API_URL": address}, capture_output=True, text=True)
+        lingering.wait()
+        found = re.search(r"UUID: (\S+)", told.stdout)
+        assert found, told.stdout + told.stderr
+        return UUID(found[1])
 
-    # Killed: the worker ends the stage that was left.
-    lingering.forget()
-    lost = run()
-    (stage, *_) = lingering.left()
-    dvc = psutil.Process(stage).parents()
-    engine = next(process for process in dvc if "prefect.engine" in process.cmdline())
-    os.kill(engine.pid, signal.SIGKILL)
-    lingering.wait_until_gone(40)
-    until_state(lost, "CRASHED")
+    with temporary_settings({PREFECT_API_URL: address}), get_client(sync_client=True) as client:
 
-    # The end of it all, a run in progress included.
-    lingering.forget()
-    run()
+        def ends_as(state: str, run: UUID) -> None:
+            wait_until(lambda: str(client.read_flow_run(run).state_type) == f"StateType.{state}", 40, serve, log)
+
+        # Cancelled: the stage saves its work, and both of its processes are gone.
+        cancelled = run()
+        client.set_flow_run_state(cancelled, Cancelling())
+        lingering.wait_until_gone(40)
+        assert lingering.saved
+        ends_as("CANCELLED", cancelled)
+
+        # Killed: the worker ends the stage that was left.
+        lingering.forget()
+        killed = run()
+        (stage, _) = lingering.left()
+        engine = next(one for one in psutil.Process(stage).parents() if "prefect.engine" in one.cmdline())
+        engine.kill()
+        lingering.wait_until_gone(40)
+        ends_as("CRASHED", killed)
+
+        # The end of it all, a run in progress included: it still tells the server.
+        lingering.forget()
+        run()
     serve.send_signal(signal.SIGTERM)
     assert serve.wait(90) == 0, log.read_text()
     assert lingering.left() == []
     assert lingering.saved
+    assert "Finished in state Crashed" in log.read_text()
     assert [process for name in SERVICES for process in carrying(SERVICE, f"{name}-{serve.pid}")] == []
+
+
+def wait_until(holds: Callable[[], bool], seconds: float, program: subprocess.Popen[str], log: Path) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert program.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)

@@ -1,0 +1,76 @@
+"""The command as a user meets it: errors are one line and status 2, help is quick."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KOALA = Path(sys.executable).with_name("koala")
+
+
+def koala(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([KOALA, *arguments], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
+
+
+def one_line(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("koala: ")
+    return line
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; import koala.cli; print(*(m for m in ('torch', 'mlflow', 'pandas', 'yaml', 'pydantic') if m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+    assert "distill" in koala("--help").stdout
+
+
+def test_unknown_student(workspace: Path) -> None:
+    assert one_line(koala("distill", "koala-2b")).endswith("choose one of koala-1b, koala-700m")
+
+
+def test_missing_stage_output(workspace: Path) -> None:
+    assert "artifacts/smoke/source is missing: run `dvc repro source`" in one_line(koala("download"))
+
+
+def test_outside_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "run koala in the project's folder" in one_line(koala("source"))
+
+
+def test_a_full_disk_is_said_in_one_line(workspace: Path) -> None:
+    """A real file system of a megabyte, as the artifacts' folder."""
+    Path("artifacts").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "artifacts"], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        Path("runs").symlink_to("artifacts")
+        Path("artifacts/full").write_bytes(b"0" * 60_000)
+        line = one_line(koala("source"))
+        assert "disk is full" in line and "finished work is kept" in line
+    finally:
+        subprocess.run(["umount", "artifacts"], check=True)
+
+
+def test_sdxl_without_a_gpu_stops_at_once(workspace: Path) -> None:
+    params = Path("params.yaml")
+    params.write_text(params.read_text().replace("profile: smoke", "profile: sdxl"))
+    line = one_line(koala("source", CUDA_VISIBLE_DEVICES=""))
+    assert "CUDA GPU" in line and "profile: demo" in line
+
+
+def test_a_model_that_is_none(workspace: Path) -> None:
+    assert "there is no model at nowhere" in one_line(koala("generate", "nowhere", "a prompt"))
+    Path("empty").mkdir()
+    assert "cannot load a model of SDXL's kind from empty" in one_line(koala("generate", "empty", "a prompt"))
+
+
+def test_generate_draws_a_grid(workspace: Path, tiny_teacher: Path) -> None:
+    from PIL import Image
+
+    result = koala("generate", str(tiny_teacher), "a large red circle", "--seed", "1", "-n", "3", "--steps", "2")
+    assert result.returncode == 0, result.stderr
+    assert Image.open("generated.png").size == (3 * 102 + 6, 102 + 6)
