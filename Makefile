@@ -25,13 +25,15 @@ help: ## list the targets
 
 install: $(VENV)/installed ## make .venv from requirements.lock, if it is missing or older
 
-# The lock names every package, so nothing is resolved: `dataclasses`, a backport that img2dataset asks for, would hide the
+# torch first, with what its build for this machine needs (a CUDA build brings libraries of its own). The lock names every
+# other package, so nothing more is resolved: `dataclasses`, a backport that img2dataset asks for, would hide the
 # standard library's from Prefect's server.
 $(VENV)/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
 		{ echo "make: $(PYTHON) is not Python 3.11 or 3.12: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "Installing the locked packages into $(VENV): some gigabytes, a few minutes, once."
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c requirements.lock "$$(grep '^torch==' requirements.lock)"
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@

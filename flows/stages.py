@@ -42,7 +42,7 @@ def pipeline(target: str) -> list[Stage]:
         with Repo() as repo:
             return _pipeline(repo, target)
     except DvcException as error:
-        raise PipelineError(" ".join(str(error).split())) from None
+        raise PipelineError(f"{' '.join(str(error).split())}: `dvc stage list` says more") from None
 
 
 def _pipeline(repo: "Repo", target: str) -> list[Stage]:

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,6 @@ app = typer.Typer(
 QUIET = {
     "NO_ALBUMENTATIONS_UPDATE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
 }
@@ -149,6 +149,8 @@ def main() -> None:
     """Entry point: an error that the user can mend is one line on stderr and exit status 2."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    # An exit, not a sudden end: what is open (a run of MLflow) is closed on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()
     except KoalaError as error:

@@ -66,3 +66,12 @@ def _minutes(seconds: float) -> str:
 def say(line: str) -> None:
     """One line of news to stderr, at once."""
     print(line, file=sys.stderr, flush=True)
+
+
+def hide_loading_bars() -> None:
+    """No bars for reading and writing model files: they take moments, and would bury the progress that matters."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

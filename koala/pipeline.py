@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from koala.console import hide_loading_bars
 from koala.errors import KoalaError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def load(model: str | Path, dtype: str = "float32") -> "StableDiffusionXLPipelin
     import torch
     from diffusers import StableDiffusionXLPipeline
 
+    hide_loading_bars()
     path = Path(model)
     kind = getattr(torch, dtype)
     try:

@@ -100,15 +100,17 @@ def _open(
     experiment: str, name: str, tags: Mapping[str, str], parent: str | None, resumed: str | None = None
 ) -> Iterator[StageRun]:
     client = _client()
+    tags = {"commit": git_commit() or "unknown", **tags}
+    if parent:
+        tags["mlflow.parentRunId"] = parent
+    if flow_run := os.environ.get(FLOW_RUN):
+        tags.setdefault("flow_run", flow_run)
     if resumed:
         run_id = resumed
         client.update_run(run_id, status="RUNNING")
+        for tag, value in tags.items():
+            client.set_tag(run_id, tag, value)
     else:
-        tags = {"commit": git_commit() or "unknown", **tags}
-        if parent:
-            tags["mlflow.parentRunId"] = parent
-        if flow_run := os.environ.get(FLOW_RUN):
-            tags.setdefault("flow_run", flow_run)
         run_id = client.create_run(_experiment(client, experiment), tags=tags, run_name=name).info.run_id
     status = "KILLED"
     try:

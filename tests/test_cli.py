@@ -11,7 +11,9 @@ KOALA = Path(sys.executable).with_name("koala")
 
 
 def koala(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([KOALA, *arguments], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
+    return subprocess.run(
+        [KOALA, *arguments], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+    )
 
 
 def one_line(result: subprocess.CompletedProcess[str]) -> str:

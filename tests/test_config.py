@@ -28,11 +28,20 @@ def test_smoke_is_the_demo_with_fewer_steps() -> None:
 @pytest.mark.parametrize(
     ("break_it", "line"),
     [
-        (lambda d: d["profiles"]["smoke"]["distill"].update(stepz=3), "profiles.smoke.distill.stepz: no such parameter"),
-        (lambda d: d["profiles"]["smoke"]["distill"].update(steps="many"), "profiles.smoke.distill.steps: input should be"),
+        (
+            lambda d: d["profiles"]["smoke"]["distill"].update(stepz=3),
+            "profiles.smoke.distill.stepz: no such parameter",
+        ),
+        (
+            lambda d: d["profiles"]["smoke"]["distill"].update(steps="many"),
+            "profiles.smoke.distill.steps: input should be",
+        ),
         (lambda d: d["profiles"]["smoke"]["distill"].pop("steps"), "profiles.smoke.distill.steps: field required"),
         (lambda d: d["profiles"]["smoke"].pop("encode"), "profiles.smoke.encode: field required"),
-        (lambda d: d["profiles"]["smoke"]["distill"].update(micro_batch=3), "batch_size 8 is not a multiple of micro_batch 3"),
+        (
+            lambda d: d["profiles"]["smoke"]["distill"].update(micro_batch=3),
+            "batch_size 8 is not a multiple of micro_batch 3",
+        ),
         (lambda d: d["students"]["koala-700m"].update(mid="shrink"), "students.koala-700m.mid: input should be"),
         (lambda d: d.update(profile="demos"), "names the profile 'demos': choose one of demo, sdxl, smoke"),
         (lambda d: d.pop("profiles"), "has no section 'profiles'"),

@@ -12,13 +12,19 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from koala.console import progress
+from koala.console import hide_loading_bars, progress
 from koala.demo import shapes
 from koala.demo.config import FitConfig, TinyTeacherConfig
 from koala.work import resume_folder
@@ -39,6 +45,7 @@ def train(config: TinyTeacherConfig, run: "StageRun") -> Path:
     folder = work / "pipeline"
     if folder.is_dir():
         return folder
+    hide_loading_bars()
     torch.manual_seed(config.seed)
     pictures, captions, sides = _pictures(config)
     vae = _once(work / "vae", AutoencoderKL, lambda: fit_vae(config, pictures, run))

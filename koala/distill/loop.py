@@ -23,7 +23,7 @@ from PIL import Image
 from koala import config as configuration
 from koala import pipeline
 from koala.config import Params
-from koala.console import progress, say
+from koala.console import hide_loading_bars, progress, say
 from koala.data.latents import LatentSet
 from koala.distill import batches, checkpoint, history
 from koala.distill.conditioning import TextConditioner
@@ -46,6 +46,7 @@ def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
     once the state is saved, and KoalaError where the gradient stays non-finite.
     """
     recipe = params.distill
+    hide_loading_bars()
     accelerator = Accelerator(step_scheduler_with_optimizer=False)
     main = accelerator.is_main_process
     stopping = _stop_on_sigterm()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from koala.grid import grid
 from koala.evaluate.prompts import Prompt
+from koala.grid import grid
 
 LABELS = {"teacher": "teacher", "before": "student before distillation", "after": "student after"}
 COLUMNS = ("model", "U-Net parameters", "size", "ms a step", "speed")

@@ -25,7 +25,11 @@ class Recorder:
 
 def test_nearest_bucket_is_by_ratio() -> None:
     assert [nearest_bucket(aspect, BUCKETS) for aspect in (1.0, 1.4, 1.45, 0.6, 0.75)] == [
-        (32, 32), (32, 32), (64, 32), (32, 64), (32, 32)
+        (32, 32),
+        (32, 32),
+        (64, 32),
+        (32, 64),
+        (32, 32),
     ]
 
 
@@ -76,7 +80,10 @@ def test_encoded_samples_are_the_vaes_latents(kept: Path) -> None:
     params = load()
     encode.run(params, Recorder())
     data = LatentSet(params.out("encode"))
-    assert len(data) == 12 and {bucket: len(rows) for bucket, rows in data.buckets.items()} == {(32, 32): 8, (32, 64): 4}
+    assert len(data) == 12 and {bucket: len(rows) for bucket, rows in data.buckets.items()} == {
+        (32, 32): 8,
+        (32, 64): 4,
+    }
     number = data.captions(range(12)).index("caption 3")
     sample = data[number]
     assert sample.time_ids == (64, 128, 0, 0, 32, 64)

@@ -10,11 +10,11 @@ from koala.demo.shapes import Attributes, draw, sample_scene
 from koala.errors import KoalaError
 from koala.evaluate.attributes import attribute_accuracy
 from koala.evaluate.config import EvaluateConfig
-from koala.grid import grid, tiles
 from koala.evaluate.latency import step_latency
 from koala.evaluate.metrics import agreement, clip_score
 from koala.evaluate.prompts import load_prompts
 from koala.evaluate.report import table, write
+from koala.grid import grid, tiles
 
 CONFIG = {"prompts": "shapes", "count": 5, "metrics": ("attributes",), "steps": 2, "guidance": 1.0}
 

@@ -161,5 +161,9 @@ class Lingering:
 
 
 @pytest.fixture
-def lingering(project: Path) -> Lingering:
-    return Lingering(project)
+def lingering(project: Path) -> Iterator[Lingering]:
+    stage = Lingering(project)
+    yield stage
+    if (project / "pids").exists():
+        for pid in stage.left():
+            os.kill(pid, signal.SIGKILL)

@@ -57,6 +57,6 @@ def test_an_unknown_student_is_told_which_there_are(project: Path) -> None:
 
 def test_a_dvc_yaml_that_dvc_refuses_is_one_line(project: Path) -> None:
     (project / "dvc.yaml").write_text("stages: {knead: {outs: [x]}}")
-    with pytest.raises(PipelineError, match=r"^'dvc.yaml' validation failed") as error:
+    with pytest.raises(PipelineError, match=r"dvc.yaml' validation failed: `dvc stage list` says more$") as error:
         pipeline("knead")
     assert "\n" not in str(error.value)

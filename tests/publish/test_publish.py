@@ -72,7 +72,13 @@ def test_a_release_draws_what_the_student_drew(evaluated: Path) -> None:
         for folder in (params.out("distill", "koala-700m"), release)
     ]
     assert np.array_equal(*pictures)
-    assert {path.suffix for path in release.rglob("*") if path.is_file()} <= {".json", ".txt", ".md", ".png", ".safetensors"}
+    assert {path.suffix for path in release.rglob("*") if path.is_file()} <= {
+        ".json",
+        ".txt",
+        ".md",
+        ".png",
+        ".safetensors",
+    }
     assert recorder.tagged["released"] == "yes"
 
 
