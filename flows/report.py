@@ -1,8 +1,6 @@
 """What a flow run leaves for people to see: Prefect's artifacts, and the last lines on the console."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
 
@@ -43,22 +41,9 @@ def make_artifacts(student: str, stages: list[Stage], run: tracking.StageRun) ->
 def print_report(student: str, stages: list[Stage]) -> None:
     """The summary as a table, and where the pictures and the release are."""
     evaluation = _evaluation(student, stages)
-    summary = json.loads((evaluation / "summary.json").read_text())
-    print(f"\n{student}\n\n{table(summary['columns'], summary['rows'])}\n")
+    print(f"\n{student}\n\n{(evaluation / 'summary.txt').read_text()}")
     print(f"Pictures: {evaluation / 'grid.png'}")
     print(f"Release:  {_release(student, stages)}")
-
-
-def table(columns: list[str], rows: list[list[Any]]) -> str:
-    """Text in columns: the first to the left, the others to the right."""
-    cells = [[str(cell) for cell in row] for row in (columns, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = []
-    for first, *others in cells:
-        right = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *right]))
-    return "\n".join(lines)
 
 
 def _evaluation(student: str, stages: list[Stage]) -> Path:

@@ -137,7 +137,8 @@ def _experiment(client: "MlflowClient", name: str) -> str:
     if found := client.get_experiment_by_name(name):
         return found.experiment_id
     try:
-        return client.create_experiment(name)
+        # The kind keeps MLflow's UI from taking the experiment for one of language models.
+        return client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"})
     except MlflowException:
         # Another stage made it just now, or it cannot be made: then this fails with the reason.
         if found := client.get_experiment_by_name(name):

@@ -1,6 +1,5 @@
-"""What a person reads of an evaluation: the table (text, markdown, JSON), the grid of pictures, a plot of attributes."""
+"""What a person reads of an evaluation: the table (text and markdown), the grid of pictures, a plot of attributes."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,9 +25,8 @@ def write(
     prompts: Sequence[Prompt],
     rows: int,
 ) -> None:
-    """Write summary.{txt,md,json}, grid.png, and attributes.{csv,png} where attributes were measured, to `folder`."""
+    """Write summary.{txt,md}, grid.png, and attributes.{csv,png} where attributes were measured, to `folder`."""
     columns, cells = table(student, measured)
-    (folder / "summary.json").write_text(json.dumps({"columns": columns, "rows": cells}, indent=2) + "\n")
     (folder / "summary.md").write_text(_markdown(columns, cells))
     (folder / "summary.txt").write_text(_text(columns, cells))
     # Rows spread over all prompts, so that the grid shows more than the first few attributes.

@@ -39,7 +39,7 @@ stages:
 
 # Each stage makes its folder. What else it does, the test writes into the file do.py.
 STAGE_PY = """
-import json, os, sys
+import os, sys
 from pathlib import Path
 
 out = Path(sys.argv[1])
@@ -47,8 +47,8 @@ out.mkdir(parents=True)
 print(f"making {out.name} in {os.environ['KOALA_PARENT_RUN']}")
 if "evaluate" in out.parts:
     (out / "grid.png").write_bytes(b"a picture")
-    (out / "summary.md").write_text("| model | size |\\\\n|---|---|\\\\n| teacher | 6 M |")
-    (out / "summary.json").write_text(json.dumps({"columns": ["model", "size"], "rows": [["teacher", "6 M"]]}))
+    (out / "summary.md").write_text("| model | size |\\n|---|---|\\n| teacher | 6 M |")
+    (out / "summary.txt").write_text("model    size\\n-------  ----\\nteacher   6 M\\n")
 if Path("do.py").exists():
     exec(Path("do.py").read_text())
 (out / "done").write_text("yes")

@@ -26,7 +26,6 @@ from prefect.testing.utilities import prefect_test_harness
 
 from flows import distill as module
 from flows.distill import distill, stage_task
-from flows.report import table
 from flows.stages import pipeline
 
 
@@ -193,9 +192,3 @@ def test_the_program_refuses_what_cannot_be_in_one_line(
     assert (project / "log").read_text().splitlines() == [
         "distill: params.yaml says `profile: demo`: this wants `profile: sdxl` there"
     ]
-
-
-def test_a_table_lines_up() -> None:
-    assert table(["a", "number"], [["long one", 1], ["b", 22]]) == (
-        "a         number\n--------  ------\nlong one       1\nb             22"
-    )

@@ -1,0 +1,143 @@
+"""The whole pipeline at profile `smoke`, by DVC and by the flow, in a project of its own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+STUDENTS = ("koala-700m", "koala-1b")
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout of its own at profile `smoke`."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("koala", "flows", "infra", "dvc.yaml", "params.yaml", "prefect.toml", ".dvcignore", ".gitignore"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    (folder / ".dvc").mkdir()
+    shutil.copy(ROOT / ".dvc" / "config", folder / ".dvc" / "config")
+    params = folder / "params.yaml"
+    params.write_text(params.read_text().replace("profile: demo", "profile: smoke", 1))
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(project: Path) -> Run:
+    """Run a command of the environment's in the project; gives what it printed. It must end well."""
+    commands = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "2"}
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+        environment.pop(name, None)
+
+    def run(*command: str) -> str:
+        result = subprocess.run(
+            command,
+            cwd=project,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=500,
+        )
+        assert result.returncode == 0, result.stdout[-3000:]
+        return result.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def reproduced(run: Run) -> str:
+    """What the first `dvc repro` printed."""
+    return run("dvc", "repro")
+
+
+def test_every_stage_runs_once(reproduced: str, project: Path) -> None:
+    lock = yaml.safe_load((project / "dvc.lock").read_text())
+    stages = list(lock["stages"])
+    assert len(stages) == 5 + 4 * len(STUDENTS)
+    for stage in stages:
+        assert reproduced.count(f"Running stage '{stage}'") == 1
+    for student in STUDENTS:
+        metrics = json.loads((project / f"artifacts/smoke/evaluate/{student}/metrics.json").read_text())
+        assert set(metrics) >= {"teacher", "before", "after", "size_of_teacher", "speed_up"}
+        assert 0 < metrics["size_of_teacher"] < 0.8
+        assert (project / f"artifacts/smoke/publish/{student}/release/model_index.json").is_file()
+        assert (
+            (project / f"artifacts/smoke/distill/{student}/curves.csv")
+            .read_text()
+            .startswith("step,loss/total,loss/task")
+        )
+
+
+def test_a_second_time_nothing_runs(reproduced: str, run: Run) -> None:
+    again = run("dvc", "repro")
+    assert "Running stage" not in again and "up to date" in again
+
+
+def test_one_students_rule_touches_that_student_alone(reproduced: str, run: Run, project: Path) -> None:
+    params = project / "params.yaml"
+    before = params.read_text()
+    document = yaml.safe_load(before)
+    document["students"]["koala-1b"]["depth"] = {"DW3": 1, "Mid": 1, "UP1": 1}
+    params.write_text(yaml.safe_dump(document))
+    try:
+        planned = [line for line in run("dvc", "repro", "--dry").splitlines() if line.startswith("Running stage")]
+    finally:
+        params.write_text(before)
+    assert planned[0] == "Running stage 'student@koala-1b':"
+    assert all("@koala-1b" in line for line in planned)
+
+
+def test_metrics_and_plots_say_something(reproduced: str, run: Run, project: Path) -> None:
+    shown = run("dvc", "metrics", "show")
+    assert "after.attributes/all" in shown and "speed_up" in shown
+    run("dvc", "plots", "show")
+    page = (project / "dvc_plots" / "index.html").read_text()
+    assert "loss/total" in page and "grid.png" in page
+
+
+def test_mlflow_has_a_run_for_each_stage(reproduced: str, project: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    experiment = client.get_experiment_by_name("koala-smoke")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert len(runs) == 13 and all(run.info.status == "FINISHED" for run in runs.values())
+    distilled = runs["distill@koala-700m"]
+    assert {"loss/total", "loss/task", "loss/output", "loss/feature/UP1", "images_per_second"} <= set(
+        distilled.data.metrics
+    )
+    assert distilled.data.params["distill.steps"] == "6" and distilled.data.params["rule.mid"] == "drop"
+    assert set(distilled.data.tags) >= {"stage", "commit", "student", "data_hash.encode", "data_hash.teacher"}
+    steps = [metric.step for metric in client.get_metric_history(distilled.info.run_id, "loss/total")]
+    assert steps == [2, 4, 6]
+    one, other = (set(runs[f"evaluate@{student}"].data.metrics) for student in STUDENTS)
+    assert one == other and "attributes/all" in one
+
+
+def test_a_release_is_traceable_to_its_run(reproduced: str, project: Path) -> None:
+    from mlflow import MlflowClient
+
+    release = project / "artifacts/smoke/publish/koala-700m/release"
+    provenance = json.loads((release / "provenance.json").read_text())
+    run = MlflowClient(f"sqlite:///{project}/mlflow.db").get_run(provenance["run_id"])
+    assert run.data.tags["stage"] == "distill" and run.data.tags["student"] == "koala-700m"
+    assert run.data.tags["data_hash.encode"] == provenance["data_hash"]["encode"]
+
+
+def test_the_flow_finds_it_all_done_and_says_where_things_are(reproduced: str, run: Run) -> None:
+    said = run(sys.executable, "-m", "flows.distill", "--profile", "smoke", "koala-700m")
+    assert "Running stage" not in said
+    assert "koala-700m before distillation" in said and "attributes right" in said
+    assert "artifacts/smoke/evaluate/koala-700m/grid.png" in said
+    assert "artifacts/smoke/publish/koala-700m/release" in said
