@@ -39,6 +39,7 @@ def save(
     save_file(_flatten(optimizer.state_dict()["state"]), partial / "optimizer.safetensors")
     if average:
         save_file(_contiguous(_by_name(student, average.shadow_params)), partial / "average.safetensors")
+        state = {**state, "average_steps": average.optimization_step}  # its decay grows with them
     (partial / "state.json").write_text(json.dumps({"step": step, **state}))
     for file in partial.iterdir():
         _sync(file)
@@ -62,11 +63,13 @@ def load(
     student.load_state_dict(load_file(checkpoint / "student.safetensors"))
     fresh = optimizer.state_dict()
     optimizer.load_state_dict({**fresh, "state": _unflatten(load_file(checkpoint / "optimizer.safetensors"))})
+    state = json.loads((checkpoint / "state.json").read_text())
     if average:
         tensors = load_file(checkpoint / "average.safetensors")
         for (name, _), shadow in zip(student.named_parameters(), average.shadow_params, strict=True):
             shadow.copy_(tensors[name])
-    return json.loads((checkpoint / "state.json").read_text())
+        average.optimization_step = state["average_steps"]
+    return state
 
 
 def _by_name(student: nn.Module, tensors: Sequence[Tensor]) -> dict[str, Tensor]:

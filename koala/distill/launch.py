@@ -1,5 +1,6 @@
 """The stage `distill`: starts the training processes, and makes a pipeline folder of what they leave."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,6 +21,8 @@ from koala.work import finish, resume_folder
 if TYPE_CHECKING:
     from koala.config import Params
     from koala.tracking import StageRun
+
+_SECONDS_TO_SAVE = 20
 
 
 def work_folder(params: "Params", student: str) -> Path:
@@ -73,25 +76,42 @@ def run(params: "Params", run: "StageRun", student: str) -> None:
 
 
 def _launch(params: "Params", run: "StageRun", student: str, work: Path) -> None:
-    """Run the training processes to their end, and pass SIGTERM on to them."""
-    from koala.distill.loop import RUN_ID, WORK
+    """Run the training processes to their end, and pass SIGTERM and Ctrl-C on to them."""
+    from koala.distill.loop import COMPLAINT, RUN_ID, WORK
 
     config = Path(params.distill.launch)
     if not config.is_file():
         raise KoalaError(f"distill.launch names {config}, which is not there: choose one of infra/accelerate/")
+    (work / COMPLAINT).unlink(missing_ok=True)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--quiet"]
     command += ["-m", "koala.distill.loop", student]
     process = subprocess.Popen(command, env={**os.environ, WORK: str(work), RUN_ID: run.id})
 
-    def stop(*_: object) -> None:
-        # accelerate's launcher does not pass the signal on to a process that it started itself.
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.terminate()
+    def trainers() -> list[psutil.Process]:
+        return [other for other in psutil.process_iter() if _environment(other).get(WORK) == str(work)]
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    def stop(*_: object) -> None:
+        # accelerate's launcher does not pass the signal on, and may be gone before the processes that it started.
+        for trainer in trainers():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                trainer.terminate()
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         process.wait()
+        psutil.wait_procs(trainers(), timeout=_SECONDS_TO_SAVE)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if (work / COMPLAINT).is_file():
+        raise KoalaError((work / COMPLAINT).read_text())
     if not (work / "unet").is_dir():
-        sys.exit(process.returncode or 1)
+        # A signal's negative number as a shell gives it.
+        sys.exit(128 - process.returncode if process.returncode < 0 else process.returncode or 1)
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}

@@ -37,19 +37,21 @@ from koala.tracking import StageRun
 from koala.unet.blocks import keep
 
 RUN_ID, WORK = "KOALA_RUN_ID", "KOALA_WORK"  # what koala.distill.launch tells the processes
+COMPLAINT = "complaint"  # and the file in which they tell it what the user must mend
 
 
 def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
     """Train the student `name` and leave its U-Net in `work`/unet.
 
-    Goes on from the newest checkpoint in `work`. Only the process with a `run` writes. Raises SystemExit(143) after SIGTERM,
-    once the state is saved, and KoalaError where the gradient stays non-finite.
+    Goes on from the newest checkpoint in `work`. The main process alone writes, and tells `run` of it where it is given
+    one. Raises SystemExit(143) after SIGTERM or Ctrl-C, once the state is saved, and KoalaError where the gradient stays
+    non-finite.
     """
     recipe = params.distill
     hide_loading_bars()
     accelerator = Accelerator(step_scheduler_with_optimizer=False)
-    main = accelerator.is_main_process
-    stopping = _stop_on_sigterm()
+    is_main = accelerator.is_main_process
+    stopping = _stop_on_signal()
 
     # Student, teacher and losses; the moving average of the student is what will be released.
     teacher = StableDiffusionXLPipeline.from_pretrained(
@@ -66,9 +68,9 @@ def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
     if saved := checkpoint.checkpoints(work):
         state = checkpoint.load(saved[-1], student, optimizer, average)
         done, bad_steps = state["step"], state["bad_steps"]
-        if main:
+        if is_main:
             say(f"distill: going on from step {done}")
-    if main:
+    if is_main:
         history.truncate(work, done)
     data = batches.load(
         LatentSet(params.need("encode")),
@@ -85,7 +87,7 @@ def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
     weights = recipe.weights.model_dump()
     clock, clock_step = time.monotonic(), done
 
-    for micro_batches in progress(data, f"distill {name}", recipe.steps, done) if main else data:
+    for micro_batches in progress(data, f"distill {name}", recipe.steps, done) if is_main else data:
         # Forward and backward over this process's share of the batch; gradients meet in its last micro-batch.
         for number, batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
@@ -114,13 +116,14 @@ def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
             values = accelerator.reduce(
                 torch.stack([loss.detach(), *(term.detach() for term in terms.values())]), "mean"
             )
+            if is_main:
+                row = dict(zip(("loss/total", *(f"loss/{term}" for term in terms)), values.tolist(), strict=True))
+                row |= {"gradient_norm": norm.item(), "learning_rate": rate, "bad_steps": float(bad_steps)}
+                history.append(work, done, row)
             if run:
                 now = time.monotonic()
                 speed = (done - clock_step) * recipe.batch_size / max(now - clock, 1e-9)
                 clock, clock_step = now, done
-                row = dict(zip(("loss/total", *(f"loss/{term}" for term in terms)), values.tolist(), strict=True))
-                row |= {"gradient_norm": norm.item(), "learning_rate": rate, "bad_steps": float(bad_steps)}
-                history.append(work, done, row)
                 run.metrics({**row, "images_per_second": speed}, step=done)
 
         # Let a person see what the student draws.
@@ -133,7 +136,7 @@ def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
             accelerator.set_trigger()
         stop = accelerator.check_trigger()
         failed = bad_steps >= recipe.max_bad_steps
-        if main and (done % recipe.checkpoint_every == 0 or stop or failed):
+        if is_main and (done % recipe.checkpoint_every == 0 or stop or failed):
             state = {"bad_steps": bad_steps, "config": recipe.model_dump(mode="json")}
             checkpoint.save(work, done, student, optimizer, average, state, recipe.keep_checkpoints)
         if failed:
@@ -143,11 +146,11 @@ def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
                 f"the state is saved in {work}; lower distill.learning_rate, or use bf16 in {recipe.launch}"
             )
         if stop:
-            if main:
+            if is_main:
                 say(f"distill: stopped at step {done}, saved; the same command goes on from there")
             raise SystemExit(128 + signal.SIGTERM)
 
-    if main:
+    if is_main:
         with _averaged(average, parameters):
             student.save_pretrained(work / "unet.partial", safe_serialization=True)
         (work / "unet.partial").rename(work / "unet")
@@ -209,13 +212,14 @@ class _Flag:
     is_set = False
 
 
-def _stop_on_sigterm() -> _Flag:
+def _stop_on_signal() -> _Flag:
     flag = _Flag()
 
     def stop(_signal: int, _frame: object) -> None:
         flag.is_set = True
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     return flag
 
 
@@ -223,11 +227,13 @@ def main(name: str) -> None:
     """One training process: rank 0 tells of it."""
     params = configuration.load()
     first = os.environ.get("RANK", "0") == "0"
+    run_id = os.environ.get(RUN_ID)
     try:
-        train(params, name, Path(os.environ[WORK]), StageRun(os.environ[RUN_ID]) if first else None)
+        train(params, name, Path(os.environ[WORK]), StageRun(run_id) if first and run_id else None)
     except KoalaError as error:
+        # The launcher turns every status into 1: the stage reads the line here.
         if first:
-            say(f"koala: {error}")
+            Path(os.environ[WORK], COMPLAINT).write_text(str(error))
         sys.exit(2)
 
 

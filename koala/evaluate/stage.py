@@ -46,7 +46,7 @@ def run(params: "Params", run: "StageRun", student: str) -> None:
     work = resume_folder("evaluate", student=student, inputs={name: data_hash(path) for name, path in folders.items()})
     (work / "metrics.json").write_text(json.dumps({**measured, **derived}, indent=2) + "\n")
     report.write(work, student, measured, pictures, prompts, config.grid_rows)
-    shutil.copy(folders["after"] / "provenance.json", work / "provenance.json")
+    shutil.copyfile(folders["after"] / "provenance.json", work / "provenance.json")
     # The student's own figures by their bare names, so that two students compare by the same ones.
     run.metrics({**measured["after"], **derived, **flatten({name: measured[name] for name in ("teacher", "before")})})
     run.artifact(work)

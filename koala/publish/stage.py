@@ -39,7 +39,7 @@ def run(params: "Params", run: "StageRun", student: str) -> None:
     shutil.rmtree(release, ignore_errors=True)
     shutil.copytree(trained, release, ignore=shutil.ignore_patterns("weight_map.json", "kept.json", "curves.*"))
     for name in _FROM_EVALUATION:
-        shutil.copy(evaluated / name, release / name)
+        shutil.copyfile(evaluated / name, release / name)
     provenance: dict[str, Any] = json.loads((trained / "provenance.json").read_text())
     table = (evaluated / "summary.md").read_text()
     card.write(release, card.render(student, metrics, derived, provenance, table, params.publish))
