@@ -16,12 +16,13 @@ def grid(prompts: Sequence[str], columns: Mapping[str, Sequence[Image.Image]]) -
     cell = side * enlarge
     font = ImageFont.load_default(13)
     step = cell + _MARGIN
-    header = 2 * _MARGIN + 18
+    titles = ["\n".join(_wrap(label, cell, font)) for label in columns]
+    header = 2 * _MARGIN + 16 * max(title.count("\n") + 1 for title in titles)
     sheet = Image.new("RGB", (_TEXT_WIDTH + step * len(columns) + _MARGIN, header + step * len(prompts)), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, (label, images) in enumerate(columns.items()):
+    for column, (title, images) in enumerate(zip(titles, columns.values(), strict=True)):
         left = _TEXT_WIDTH + step * column
-        pen.text((left, _MARGIN), _fit(label, cell, font), "black", font)
+        pen.multiline_text((left, _MARGIN), title, "black", font, spacing=3)
         for row, image in enumerate(images):
             sheet.paste(image.resize((cell, cell), Image.Resampling.NEAREST), (left, header + step * row))
     for row, prompt in enumerate(prompts):
@@ -56,9 +57,3 @@ def _wrap(text: str, width: int, font: Font) -> list[str]:
         else:
             lines[-1] = longer
     return lines
-
-
-def _fit(text: str, width: int, font: Font) -> str:
-    while len(text) > 1 and font.getlength(text) > width:
-        text = text[:-1]
-    return text

@@ -27,7 +27,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle")
 # Half the side of a square as large in area as the shape, over the picture's side.
-SIZES: dict[str, float] = {"small": 0.17, "large": 0.26}
+SIZES: dict[str, float] = {"small": 0.19, "large": 0.27}
 
 # Corners or radius of each shape of area 4 (the square of half side 1), around its centre of mass.
 _CIRCLE_RADIUS = (4 / np.pi) ** 0.5
@@ -78,7 +78,7 @@ def sample_scene(seed: int, index: int) -> Scene:
 
 
 def _place(attributes: Attributes, random: np.random.Generator) -> Scene:
-    scale = SIZES[attributes.size] * random.uniform(0.93, 1.07)
+    scale = SIZES[attributes.size] * random.uniform(0.95, 1.05)
     room = 0.5 - scale * 1.77
     x, y = 0.5 + random.uniform(-1, 1, 2) * max(room, 0.02) * 0.3
     return Scene(attributes, float(x), float(y), float(scale))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+import yaml
 
 from koala.distill.history import write_curves
 from koala.errors import KoalaError
@@ -83,8 +84,10 @@ def _launch(params: "Params", run: "StageRun", student: str, work: Path) -> None
     if not config.is_file():
         raise KoalaError(f"distill.launch names {config}, which is not there: choose one of infra/accelerate/")
     (work / COMPLAINT).unlink(missing_ok=True)
+    # The processes of one machine share its cores; accelerate would do the same, and warn of it.
+    threads = max((os.cpu_count() or 1) // int(yaml.safe_load(config.read_text())["num_processes"]), 1)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--quiet"]
-    command += ["-m", "koala.distill.loop", student]
+    command += ["--num_cpu_threads_per_process", str(threads), "-m", "koala.distill.loop", student]
     process = subprocess.Popen(command, env={**os.environ, WORK: str(work), RUN_ID: run.id})
 
     def trainers() -> list[psutil.Process]:

@@ -29,8 +29,8 @@ def write(
     columns, cells = table(student, measured)
     (folder / "summary.md").write_text(_markdown(columns, cells))
     (folder / "summary.txt").write_text(_text(columns, cells))
-    # Rows spread over all prompts, so that the grid shows more than the first few attributes.
-    chosen = [number * len(prompts) // rows for number in range(min(rows, len(prompts)))]
+    # Rows at steps of the golden section: a few of them show most of what prompts that come in turn ask for.
+    chosen = sorted({int(row * 0.618034 % 1 * len(prompts)) for row in range(rows)})
     columns_of_grid = {LABELS[name]: [images[number] for number in chosen] for name, images in pictures.items()}
     grid([prompts[number].text for number in chosen], columns_of_grid).save(folder / "grid.png")
     if "attributes/all" in measured["teacher"]:

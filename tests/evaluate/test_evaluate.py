@@ -96,7 +96,7 @@ def test_report_is_written(tmp_path) -> None:
 def test_grid_shows_prompts_down_and_models_across() -> None:
     red, blue = (Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
     sheet = np.asarray(grid(["one", "two"], {"a": [red, blue], "b": [blue, red]}))
-    cells = [(190 + 48, 30 + 48), (190 + 102 + 48, 30 + 48), (190 + 48, 30 + 102 + 48)]
+    cells = [(190 + 48, 28 + 48), (190 + 102 + 48, 28 + 48), (190 + 48, 28 + 102 + 48)]
     assert [tuple(sheet[y, x]) for x, y in cells] == [(255, 0, 0), (0, 0, 255), (0, 0, 255)]
     assert tiles([red] * 5, across=4).size == (4 * 102 + 6, 2 * 102 + 6)
 
