@@ -36,11 +36,11 @@ def load(model: str | Path, dtype: str = "float32") -> "StableDiffusionXLPipelin
     kind = getattr(torch, dtype)
     try:
         if path.suffix == ".safetensors" and path.is_file():
-            pipeline = StableDiffusionXLPipeline.from_single_file(path, torch_dtype=kind)
+            pipeline = StableDiffusionXLPipeline.from_single_file(path, dtype=kind)
         elif path.is_dir() or str(model).count("/") == 1:
             options = {"local_files_only": True} if path.is_dir() else {}
             pipeline = StableDiffusionXLPipeline.from_pretrained(
-                model, torch_dtype=kind, use_safetensors=True, add_watermarker=False, **options
+                model, dtype=kind, use_safetensors=True, add_watermarker=False, **options
             )
         else:
             raise KoalaError(

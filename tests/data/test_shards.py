@@ -6,7 +6,8 @@ from pathlib import Path
 
 import webdataset
 
-from koala.data.shards import Sample, ShardWriter, finish, read_shard, read_shards, shards
+from koala.data.shards import Sample, ShardWriter, read_shard, read_shards, shards
+from koala.work import finish
 
 
 def samples(count: int) -> list[Sample]:
