@@ -188,8 +188,8 @@ def _as_data(cost: UNetCost) -> dict[str, Any]:
 def _rows(cost: UNetCost, sdxl: UNetCost) -> list[str]:
     """The stages of either, in the order of the forward pass."""
     names = {*cost.stages, *sdxl.stages}
-    order = {"DW": 0, "Mi": 1, "UP": 2, "ot": 3}
-    return sorted(names, key=lambda name: (order[name[:2]], name))
+    order = ("DW", "Mid", "UP", "other")
+    return sorted(names, key=lambda name: (order.index(name.rstrip("123456789")), name))
 
 
 def _print(name: str, size: int, cost: UNetCost, sdxl: UNetCost) -> None:
