@@ -8,6 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 LOG_EVERY_SECONDS = 10.0
+_BAR_WIDTH = 24
 
 
 def progress(items: Iterable[T], label: str, total: int | None = None, done: int = 0) -> Iterator[T]:
@@ -56,7 +57,9 @@ def _lines(items: Iterable[T], label: str, total: int, done: int) -> Iterator[T]
         if now - last >= LOG_EVERY_SECONDS or done + count == total:
             last = now
             left = (now - start) / count * (total - done - count)
-            print(f"{label}: {done + count}/{total}, {_minutes(left)} left", file=sys.stderr, flush=True)
+            filled = round(_BAR_WIDTH * (done + count) / total)
+            bar = "#" * filled + "-" * (_BAR_WIDTH - filled)
+            say(f"{label} [{bar}] {done + count}/{total}, {_minutes(left)} left")
 
 
 def _minutes(seconds: float) -> str:
