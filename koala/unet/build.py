@@ -136,7 +136,7 @@ def _load_unet(folder: Path) -> UNet2DConditionModel:
         with safe_open(weights[0], "pt") as tensors:
             dtype = tensors.get_tensor(next(iter(tensors.keys()))).dtype
         unet, found = UNet2DConditionModel.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
