@@ -84,9 +84,23 @@ def student(name: StudentName) -> None:
 
 
 @app.command()
-def distill(name: StudentName) -> None:
+def distill(
+    name: StudentName,
+    machine_rank: Annotated[
+        int, typer.Option(min=0, help="of several machines: 0 for the one that runs the stage, 1, 2, ... for helpers")
+    ] = 0,
+) -> None:
     """Distil the teacher into a student; goes on where it was stopped."""
-    _run_stage("distill", "koala.distill.launch", name)
+    if machine_rank == 0:
+        _run_stage("distill", "koala.distill.launch", name)
+        return
+    from koala import config, requirements
+    from koala.distill.launch import join
+
+    params = config.load()
+    requirements.check(params.profile, params.requires, "distill")
+    params.student(name)
+    join(params, name, machine_rank)
 
 
 @app.command()

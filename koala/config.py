@@ -7,6 +7,8 @@
 A section of the wrong shape anywhere in the chosen profile is refused here, before the first stage has done any work.
 """
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +16,16 @@ import yaml
 from pydantic import ValidationError
 
 from koala.data.config import DownloadConfig, EncodeConfig, FilterConfig, SourceConfig
+from koala.demo.config import TinyTeacherConfig
 from koala.distill.config import DistillConfig
+from koala.distill.features import feature_pairs
 from koala.errors import KoalaError
 from koala.evaluate.config import EvaluateConfig
 from koala.publish.config import PublishConfig
 from koala.section import Section
 from koala.teacher import TeacherConfig
-from koala.unet.blocks import StudentRule
+from koala.unet.blocks import StudentRule, keep
+from koala.unet.reference import SDXL
 
 PARAMS_FILE = Path("params.yaml")
 
@@ -50,6 +55,16 @@ class Params(Profile):
         if name not in self.students:
             raise KoalaError(f"no student {name!r} in {PARAMS_FILE}: choose one of {', '.join(self.students)}")
         return self.students[name]
+
+    def teacher_unet(self) -> Mapping[str, Any]:
+        """The configuration of the teacher's U-Net: as its folder has it or, before there is one, as it will be made.
+
+        A teacher on the Hub counts as SDXL until it is here.
+        """
+        file = self.out("teacher") / "unet" / "config.json"
+        if file.is_file():
+            return json.loads(file.read_text())
+        return self.teacher.unet_config() if isinstance(self.teacher, TinyTeacherConfig) else SDXL
 
     def out(self, stage: str, student: str | None = None) -> Path:
         """The folder that a stage gives, as dvc.yaml names it."""
@@ -83,9 +98,21 @@ def load(path: Path = PARAMS_FILE, profile: str | None = None) -> Params:
     if not isinstance(section, dict):
         raise KoalaError(f"{path}: profiles.{name} must be a mapping of stages to parameters")
     try:
-        return Params(profile=name, students=document.get("students") or {}, **section)
+        params = Params(profile=name, students=document.get("students") or {}, **section)
     except ValidationError as error:
         raise KoalaError(_one_line(path, name, error)) from None
+    _check_features(params, path)
+    return params
+
+
+def _check_features(params: Params, path: Path) -> None:
+    """Every student must have every feature that distillation compares."""
+    for name, rule in params.students.items():
+        stages = keep(params.teacher_unet(), rule)
+        try:
+            feature_pairs(params.distill.features, stages)
+        except KoalaError as error:
+            raise KoalaError(f"{path}: profiles.{params.profile}.distill.features: {name}: {error}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -78,6 +78,10 @@ class LatentSet:
         """The captions of some samples."""
         return self._table["caption"].take(pa.array(numbers)).to_pylist()
 
+    def keys(self, numbers: Sequence[int]) -> list[str]:
+        """The keys of some samples, as the filter's report has them."""
+        return self._table["key"].take(pa.array(numbers)).to_pylist()
+
     def _file(self, name: str) -> Any:
         if name not in self._open:
             self._open[name] = safe_open(self._folder / name, framework="pt")

@@ -1,10 +1,13 @@
 """Parameters of the tiny teacher that the demo trains."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from koala.section import Section
+
+LATENT_CHANNELS = 4
+TIME_ID_WIDTH = 8  # of the sinusoidal embedding of each of SDXL's six time ids
 
 
 class FitConfig(Section):
@@ -34,3 +37,24 @@ class TinyTeacherConfig(Section):
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
     ema_decay: float = Field(default=0.995, ge=0, lt=1)
     seed: int = 0
+
+    def unet_config(self) -> dict[str, Any]:
+        """The U-Net's UNet2DConditionModel configuration."""
+        levels = self.unet_depths
+        return {
+            "sample_size": self.image_size // 2 ** (len(self.vae_channels) - 1),
+            "in_channels": LATENT_CHANNELS,
+            "out_channels": LATENT_CHANNELS,
+            "block_out_channels": self.unet_channels,
+            "down_block_types": tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in levels),
+            "up_block_types": tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(levels)),
+            "transformer_layers_per_block": [max(depth, 1) for depth in levels],
+            "attention_head_dim": [max(width // 32, 1) for width in self.unet_channels],
+            "layers_per_block": 2,
+            "cross_attention_dim": 2 * self.text_width,
+            "norm_num_groups": 16,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": TIME_ID_WIDTH,
+            "projection_class_embeddings_input_dim": 6 * TIME_ID_WIDTH + self.text_width,
+        }

@@ -137,7 +137,8 @@ _ANSWERS = FAULTS | {"ok": _Handler.good, "copy": _Handler.good}
 
 def serve(port: int, seed: int) -> None:
     """Serve until SIGTERM or SIGINT; one line on stdout says when. Raises KoalaError where the port is taken."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored
+        signal.signal(number, _interrupt)
     try:
         server = ShapesServer(port, seed)
     except (OSError, OverflowError) as error:

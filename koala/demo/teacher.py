@@ -26,17 +26,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from koala.console import hide_loading_bars, progress
 from koala.demo import shapes
-from koala.demo.config import FitConfig, TinyTeacherConfig
+from koala.demo.config import LATENT_CHANNELS, FitConfig, TinyTeacherConfig
 from koala.work import resume_folder
 
 if TYPE_CHECKING:
     from koala.tracking import StageRun
 
 TOKENS = 16  # the longest caption of koala.demo.shapes has 13 with its two marks
-LATENT_CHANNELS = 4
 POSTERIOR_STD = 0.2  # at the start, of latents whose own is about 1
 KL_WEIGHT = 1e-5
-TIME_ID_WIDTH = 8  # of the sinusoidal embedding of each of SDXL's six time ids
 
 
 def train(config: TinyTeacherConfig, run: "StageRun") -> Path:
@@ -139,31 +137,13 @@ def build_pipeline(config: TinyTeacherConfig, vae: AutoencoderKL) -> StableDiffu
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    levels = config.unet_depths
-    unet = UNet2DConditionModel(
-        sample_size=config.image_size // 2 ** (len(config.vae_channels) - 1),
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        block_out_channels=config.unet_channels,
-        down_block_types=tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in levels),
-        up_block_types=tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(levels)),
-        transformer_layers_per_block=[max(depth, 1) for depth in levels],
-        attention_head_dim=[max(width // 32, 1) for width in config.unet_channels],
-        layers_per_block=2,
-        cross_attention_dim=2 * config.text_width,
-        norm_num_groups=16,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=TIME_ID_WIDTH,
-        projection_class_embeddings_input_dim=6 * TIME_ID_WIDTH + config.text_width,
-    )
     return StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text)),
         tokenizer=tokenizer,
         tokenizer_2=build_tokenizer(),
-        unet=unet,
+        unet=UNet2DConditionModel(**config.unet_config()),
         scheduler=EulerDiscreteScheduler(
             beta_start=0.00085,
             beta_end=0.012,

@@ -4,7 +4,8 @@ Samples, noise, timesteps and caption dropout of step n follow from the seed, n 
 not from what ran before, nor from how many processes share the batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -25,10 +26,11 @@ _ORDER, _DRAW = 0, 1  # keep the two kinds of random stream apart
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of one bucket. latents, noise: B x 4 x h x w; timesteps: B; tokens: B x 2 x T; keep: B, off where the
-    caption is dropped; time_ids: B x 6, px.
+    """A micro-batch of one bucket. numbers: B, of the samples in the data set; latents, noise: B x 4 x h x w; timesteps: B;
+    tokens: B x 2 x T; keep: B, off where the caption is dropped; time_ids: B x 6, px.
     """
 
+    numbers: Tensor
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
@@ -115,7 +117,7 @@ class TrainingSet(Dataset[tuple]):
         keep = bool(torch.rand((), generator=random) >= self._config.caption_dropout)
         latent = sample.latent.float()
         noise = torch.randn(latent.shape, generator=random)
-        return latent, noise, timestep, keep, sample.caption, sample.time_ids
+        return number, latent, noise, timestep, keep, sample.caption, sample.time_ids
 
 
 def load(
@@ -126,8 +128,9 @@ def load(
     rank: int,
     processes: int,
     start: int,
-) -> Iterator[list[Batch]]:
-    """For every step from `start` on, this process's micro-batches.
+    device: torch.device,
+) -> Iterator[Iterator[Batch]]:
+    """For every step from `start` on, this process's micro-batches on `device`: take all of a step's before the next step.
 
     Raises KoalaError where the global batch does not divide among the processes.
     """
@@ -139,8 +142,9 @@ def load(
     accumulate = config.batch_size // (config.micro_batch * processes)
 
     def collate(items: list[tuple]) -> Batch:
-        latents, noise, timesteps, keep, captions, time_ids = zip(*items, strict=True)
+        numbers, latents, noise, timesteps, keep, captions, time_ids = zip(*items, strict=True)
         return Batch(
+            numbers=torch.tensor(numbers),
             latents=torch.stack(latents),
             noise=torch.stack(noise),
             timesteps=torch.tensor(timesteps),
@@ -157,6 +161,36 @@ def load(
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available(),
     )
-    batches = iter(loader)
+    batches = ahead(loader, device)
     for _ in range(start, config.steps):
-        yield [next(batches) for _ in range(accumulate)]
+        yield itertools.islice(batches, accumulate)
+
+
+def ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Move batches to `device` one ahead of their use; on CUDA the copy runs beside what is being computed."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device)
+        return
+    stream = torch.cuda.Stream(device)
+    following = None
+    for batch in batches:
+        ready, following = following, _copy(batch, device, stream)
+        if ready is not None:
+            yield _settle(ready, stream)
+    if following is not None:
+        yield _settle(following, stream)
+
+
+def _copy(batch: Batch, device: torch.device, stream: torch.cuda.Stream) -> Batch:
+    with torch.cuda.stream(stream):
+        return batch.to(device)
+
+
+def _settle(batch: Batch, stream: torch.cuda.Stream) -> Batch:
+    """Have the current stream wait for the copy, and the allocator know that it uses what the other stream allocated."""
+    current = torch.cuda.current_stream(stream.device)
+    current.wait_stream(stream)
+    for tensor in vars(batch).values():
+        tensor.record_stream(current)
+    return batch

@@ -1,15 +1,13 @@
-"""The features that a student learns to reproduce: which pairs of modules, as data, and how their outputs are captured.
+"""The features that a student learns to reproduce: which pairs of modules, as data.
 
 A feature is the output (or, after a residual add, the input of what comes next) of a module of the U-Net, at the same
 place in student and teacher: student pair i of a stage against the teacher's pair `stage.pairs[i]`, as in the weight map.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from torch import Tensor, nn
+from typing import Literal
 
 from koala.distill.config import FeatureConfig
 from koala.errors import KoalaError
@@ -43,8 +41,8 @@ def feature_pairs(features: str | Sequence[FeatureConfig], stages: Sequence[Stag
     """The pairs that a configuration asks for, in the order of the forward pass for each kind.
 
     `koala`: self-attention of every stage that has it, and the last feature of the outer stages, which have none (paper,
-    section 3.3). `bk-sdm`: the last feature of every stage. Raises KoalaError for a stage that lacks the kind, with the
-    stages that have it.
+    section 3.3). `bk-sdm`: the last feature of every stage. Raises KoalaError for a stage or a layer that lacks the kind,
+    with those that have it, and for a pair named twice.
     """
     if features == "koala":
         outer = tuple(stage.name for stage in stages if not any(stage.depths) and stage.name != "Mid")
@@ -54,15 +52,27 @@ def feature_pairs(features: str | Sequence[FeatureConfig], stages: Sequence[Stag
         configs = [FeatureConfig(kind="last")]
     else:
         configs = list(features)  # type: ignore[arg-type]
-    return tuple(pair for config in configs for stage in _stages(config, stages) for pair in _pairs(config, stage))
+    pairs = [pair for config in configs for stage in _stages(config, stages) for pair in _pairs(config, stage)]
+    for pair, count in Counter(pairs).items():
+        if count > 1:
+            raise KoalaError(f"the feature {pair.kind} of stage {pair.stage} is named twice: take one of them out")
+    return tuple(pairs)
 
 
 def _stages(config: FeatureConfig, stages: Sequence[Stage]) -> list[Stage]:
-    able = {stage.name: stage for stage in stages if config.kind in ("residual", "last") or any(stage.depths)}
+    able = {stage.name: stage for stage in stages if not config.of_layers or any(stage.depths)}
     for name in config.stages or ():
         if name not in able:
             raise KoalaError(f"the student has no feature {config.kind} in stage {name}: choose from {', '.join(able)}")
-    return [able[name] for name in config.stages or able]
+    chosen = [able[name] for name in config.stages or able]
+    for stage in chosen:
+        deepest = max(config.layers or (0,))
+        if config.of_layers and deepest >= max(stage.depths):
+            raise KoalaError(
+                f"the student has no layer {deepest} in stage {stage.name}: choose from "
+                f"{', '.join(map(str, range(max(stage.depths))))}"
+            )
+    return chosen
 
 
 def _pairs(config: FeatureConfig, stage: Stage) -> Iterator[FeaturePair]:
@@ -77,10 +87,10 @@ def _pairs(config: FeatureConfig, stage: Stage) -> Iterator[FeaturePair]:
         for student, (teacher, depth, full) in enumerate(
             zip(stage.pairs, stage.depths, stage.teacher_depths, strict=True)
         ):
-            for layer, match in enumerate(match_layers(depth, full, config.layers)):
-                yield FeaturePair(
-                    stage.name, config.kind, _tap(config, stage, student, layer), _tap(config, stage, teacher, match)
-                )
+            for layer, match in enumerate(match_layers(depth, full, config.match)):
+                if config.layers is None or layer in config.layers:
+                    taps = (_tap(config, stage, pair, at) for pair, at in ((student, layer), (teacher, match)))
+                    yield FeaturePair(stage.name, config.kind, *taps)
 
 
 def _tap(config: FeatureConfig, stage: Stage, pair: int, layer: int) -> Tap:
@@ -104,54 +114,3 @@ def match_layers(depth: int, full: int, how: Literal["first", "interleaved", "la
     if depth == 1:
         return [0]
     return [round(layer * (full - 1) / (depth - 1)) for layer in range(depth)]
-
-
-class Capture:
-    """Reads features from a U-Net as it runs.
-
-    Hooks are put on the unwrapped modules once, before anything is compiled. They record only inside `recording()`:
-    gradient checkpointing runs a block's forward a second time, during backward, and that run must leave no trace.
-    """
-
-    def __init__(self, unet: nn.Module, taps: Sequence[Tap]) -> None:
-        self._taps = tuple(dict.fromkeys(taps))
-        self._found: dict[Tap, Tensor] | None = None
-        for tap in self._taps:
-            module = unet.get_submodule(tap.path)
-            if tap.side == "output":
-                module.register_forward_hook(self._output_hook(tap))
-            else:
-                module.register_forward_pre_hook(self._input_hook(tap))
-
-    def _output_hook(self, tap: Tap) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if self._found is not None:
-                # A down block gives its hidden states and what it passes to the up blocks; the first is the feature.
-                self._found[tap] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    def _input_hook(self, tap: Tap) -> Any:
-        def hook(_module: nn.Module, inputs: Any) -> None:
-            if self._found is not None:
-                self._found[tap] = inputs[0]
-
-        return hook
-
-    @contextmanager
-    def recording(self) -> Iterator[dict[Tap, Tensor]]:
-        """Record the features of the forward pass inside; every tap must have been met once it ends.
-
-        Raises RuntimeError where some were not: training without a feature must not go unnoticed.
-        """
-        found: dict[Tap, Tensor] = {}
-        self._found = found
-        try:
-            yield found
-        finally:
-            self._found = None
-        if len(found) != len(self._taps):
-            missing = [tap.path for tap in self._taps if tap not in found]
-            raise RuntimeError(
-                f"{len(missing)} of {len(self._taps)} features were not captured, {missing[0]} the first"
-            )

@@ -5,36 +5,37 @@
 `koala distill koala-700m` does that and the rest of the stage (koala.distill.launch).
 """
 
-import contextlib
-import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from PIL import Image
+from torch import Tensor
 
 from koala import config as configuration
-from koala import pipeline
 from koala.config import Params
 from koala.console import hide_loading_bars, progress, say
 from koala.data.latents import LatentSet
-from koala.distill import batches, checkpoint, history
+from koala.distill import batches, checkpoint, history, sharding
+from koala.distill.capture import compile_layers
 from koala.distill.conditioning import TextConditioner
 from koala.distill.config import DistillConfig
 from koala.distill.features import feature_pairs
 from koala.distill.losses import total
+from koala.distill.optimizer import build_optimizer, learning_rate
 from koala.distill.task import DistillTask
+from koala.distill.validation import validation_grid
 from koala.errors import KoalaError
-from koala.grid import grid
 from koala.tracking import StageRun
-from koala.unet.blocks import keep
+from koala.unet.blocks import Stage, keep
+from koala.unet.build import empty_unet
 
 RUN_ID, WORK = "KOALA_RUN_ID", "KOALA_WORK"  # what koala.distill.launch tells the processes
 COMPLAINT = "complaint"  # and the file in which they tell it what the user must mend
@@ -45,13 +46,17 @@ def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
 
     Goes on from the newest checkpoint in `work`. The main process alone writes, and tells `run` of it where it is given
     one. Raises SystemExit(143) after SIGTERM or Ctrl-C, once the state is saved, and KoalaError where the gradient stays
-    non-finite.
+    non-finite, where memory runs out, and where the checkpoint is of another configuration.
     """
     recipe = params.distill
     hide_loading_bars()
-    accelerator = Accelerator(step_scheduler_with_optimizer=False)
-    is_main = accelerator.is_main_process
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    is_main, sharded = accelerator.is_main_process, sharding.asked()
     stopping = _stop_on_signal()
+    _check(recipe, accelerator, sharded)
 
     # Student, teacher and losses; the moving average of the student is what will be released.
     teacher = StableDiffusionXLPipeline.from_pretrained(
@@ -59,45 +64,71 @@ def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
     )
     task = build_task(params, name, teacher).to(accelerator.device)
     student = task.student
+    if recipe.compile:
+        compile_layers(student)
+        compile_layers(task.teacher)
+    if sharded:
+        sharding.shard(student, accelerator)
     parameters = list(student.parameters())
-    optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    optimizer = build_optimizer(recipe, parameters)
     average = EMAModel(parameters, decay=recipe.ema_decay, foreach=True) if recipe.ema_decay else None
 
     # Go on where an earlier run stopped. What a step sees follows from its number, so that is all there is to restore.
     done, bad_steps = 0, 0
     if saved := checkpoint.checkpoints(work):
-        state = checkpoint.load(saved[-1], student, optimizer, average)
+        state = checkpoint.load(saved[-1], student, optimizer, average, recipe.learnt())
         done, bad_steps = state["step"], state["bad_steps"]
         if is_main:
             say(f"distill: going on from step {done}")
+    if average and recipe.ema_offload:
+        average.to("cpu")
     if is_main:
         history.truncate(work, done)
+    latents = LatentSet(params.need("encode"))
     data = batches.load(
-        LatentSet(params.need("encode")),
+        latents,
         recipe,
         task.text.tokenize,
         task.scheduler.config.num_train_timesteps,
         accelerator.process_index,
         accelerator.num_processes,
         start=done,
+        device=accelerator.device,
     )
-    if recipe.compile:
-        student.compile()
-    wrapped, optimizer = accelerator.prepare(task, optimizer)
+    accumulate = recipe.batch_size // (recipe.micro_batch * accelerator.num_processes)
+    wrapped = task if sharded else accelerator.prepare(task)
     weights = recipe.weights.model_dump()
     clock, clock_step = time.monotonic(), done
+    if is_main:
+        spread = ", the student spread over them" if sharded else ""
+        say(f"distill: {accelerator.num_processes} processes on {accelerator.device.type}{spread}")
+
+    def save() -> None:
+        state = {"bad_steps": bad_steps, "learnt": recipe.learnt()}
+        checkpoint.save(work, done, student, optimizer, average, state, recipe.keep_checkpoints, write=is_main)
+
+    def leave() -> None:
+        # A signal in the middle of a step leaves that step to the next run: it will see the same data and noise.
+        save()
+        if is_main:
+            say(f"distill: stopped at step {done}, saved; the same command goes on from there")
+        raise SystemExit(128 + signal.SIGTERM)
 
     for micro_batches in progress(data, f"distill {name}", recipe.steps, done) if is_main else data:
         # Forward and backward over this process's share of the batch; gradients meet in its last micro-batch.
+        losses, numbers = [], []
         for number, batch in enumerate(micro_batches, start=1):
-            last = number == len(micro_batches)
-            with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-                terms = wrapped(batch.to(accelerator.device))
+            with sharding.synchronised(wrapped, last=number == accumulate), accelerator.autocast():
+                terms = wrapped(batch)
                 loss = total(terms, weights)
-                accelerator.backward(loss / len(micro_batches))
+            accelerator.backward(loss / accumulate)
+            losses.append(torch.stack([loss, *terms.values()]).detach())
+            numbers.append(batch.numbers)
+            if _told_to_stop(accelerator, stopping):
+                leave()
 
         # One step of the optimiser, unless the gradient is not finite.
-        norm = accelerator.clip_grad_norm_(parameters, recipe.max_grad_norm)
+        norm = sharding.whole(torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm))
         rate = learning_rate(recipe, done)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -105,19 +136,20 @@ def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
             optimizer.step()
             bad_steps = 0
             if average:
-                average.step(parameters)
+                _update(average, parameters, recipe.ema_offload)
         else:
             bad_steps += 1
+            culprit = _culprit(accelerator, ["total", *terms], losses, numbers, latents)
+            if is_main:
+                say(f"distill: step {done + 1} is skipped: {culprit}")
         optimizer.zero_grad()
         done += 1
 
-        # Tell MLflow each term by itself (the last micro-batch's, over all processes) and the speed since last time.
+        # Tell MLflow each term by itself (the mean over the batch, all processes) and the speed since last time.
         if done % recipe.log_every == 0 or done == recipe.steps:
-            values = accelerator.reduce(
-                torch.stack([loss.detach(), *(term.detach() for term in terms.values())]), "mean"
-            )
+            values = accelerator.reduce(torch.stack(losses).mean(0), "mean").tolist()
             if is_main:
-                row = dict(zip(("loss/total", *(f"loss/{term}" for term in terms)), values.tolist(), strict=True))
+                row = dict(zip(("loss/total", *(f"loss/{term}" for term in terms)), values, strict=True))
                 row |= {"gradient_norm": norm.item(), "learning_rate": rate, "bad_steps": float(bad_steps)}
                 history.append(work, done, row)
             if run:
@@ -127,32 +159,24 @@ def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
                 run.metrics({**row, "images_per_second": speed}, step=done)
 
         # Let a person see what the student draws.
-        if run and recipe.validation_prompts and (done % recipe.validate_every == 0 or done == recipe.steps):
-            with _averaged(average, parameters):
-                run.image(validation_grid(teacher, student, recipe), "validation", done)
+        if recipe.validation_prompts and (done % recipe.validate_every == 0 or done == recipe.steps):
+            drawn = released(student, average)
+            if run:
+                run.image(validation_grid(teacher, drawn.to(accelerator.device), recipe), "validation", done)
 
-        # Save now and then, and when told to stop.
-        if stopping.is_set:
-            accelerator.set_trigger()
-        stop = accelerator.check_trigger()
+        # Save now and then.
         failed = bad_steps >= recipe.max_bad_steps
-        if is_main and (done % recipe.checkpoint_every == 0 or stop or failed):
-            state = {"bad_steps": bad_steps, "config": recipe.model_dump(mode="json")}
-            checkpoint.save(work, done, student, optimizer, average, state, recipe.keep_checkpoints)
+        if done % recipe.checkpoint_every == 0 or failed:
+            save()
         if failed:
-            worst = next((term for term, value in terms.items() if not torch.isfinite(value)), "gradient")
             raise KoalaError(
-                f"distillation stopped at step {done}: {bad_steps} steps in a row with a non-finite gradient ({worst}); "
-                f"the state is saved in {work}; lower distill.learning_rate, or use bf16 in {recipe.launch}"
+                f"distillation stopped at step {done}: {bad_steps} steps in a row with a non-finite gradient; "
+                f"in the last, {culprit}; the state is saved in {work}; lower distill.learning_rate, or look at those samples"
             )
-        if stop:
-            if is_main:
-                say(f"distill: stopped at step {done}, saved; the same command goes on from there")
-            raise SystemExit(128 + signal.SIGTERM)
 
+    final = released(student, average)
     if is_main:
-        with _averaged(average, parameters):
-            student.save_pretrained(work / "unet.partial", safe_serialization=True)
+        final.save_pretrained(work / "unet.partial", safe_serialization=True)
         (work / "unet.partial").rename(work / "unet")
     accelerator.end_training()
 
@@ -165,47 +189,71 @@ def build_task(params: Params, name: str, teacher: StableDiffusionXLPipeline) ->
     student = UNet2DConditionModel.from_pretrained(
         folder, subfolder="unet", use_safetensors=True, local_files_only=True
     )
+    return assemble(student, teacher.unet, TextConditioner(teacher), teacher.scheduler.config, stages, recipe)
+
+
+def assemble(
+    student: UNet2DConditionModel,
+    teacher: UNet2DConditionModel,
+    text: TextConditioner,
+    noise: Mapping[str, object],
+    stages: Sequence[Stage],
+    recipe: DistillConfig,
+) -> DistillTask:
+    """The task of these models as the recipe computes it. noise: the configuration of the teacher's scheduler."""
     if recipe.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    teacher.unet.to(getattr(torch, recipe.teacher_dtype))
-    scheduler = DDPMScheduler.from_config(teacher.scheduler.config)
-    pairs = feature_pairs(recipe.features, stages)
-    return DistillTask(student, teacher.unet, TextConditioner(teacher), scheduler, pairs, recipe)
+    dtype = getattr(torch, recipe.teacher_dtype)
+    teacher.to(dtype)
+    text.to(dtype)
+    if recipe.channels_last:
+        student.to(memory_format=torch.channels_last)
+        teacher.to(memory_format=torch.channels_last)
+    # The teacher's own scheduler samples; noise is added as it was trained.
+    scheduler = DDPMScheduler.from_config(noise)
+    return DistillTask(student, teacher, text, scheduler, feature_pairs(recipe.features, stages), recipe)
 
 
-def learning_rate(recipe: DistillConfig, step: int) -> float:
-    """The rate of step `step` (from 0): a linear warm-up, then constant or a cosine to zero."""
-    if step < recipe.warmup:
-        return recipe.learning_rate * (step + 1) / recipe.warmup
-    if recipe.schedule == "constant":
-        return recipe.learning_rate
-    share = (step - recipe.warmup) / max(recipe.steps - recipe.warmup, 1)
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+def released(student: UNet2DConditionModel, average: EMAModel | None) -> UNet2DConditionModel:
+    """The U-Net to draw with and to release: of the moving average where there is one. Every process must ask."""
+    tensors = checkpoint.average_weights(student, average) if average else dict(student.named_parameters())
+    unet = empty_unet(student.config)
+    unet.load_state_dict({name: sharding.whole(tensor.detach()) for name, tensor in tensors.items()}, assign=True)
+    return unet.eval()
 
 
-def validation_grid(
-    teacher: StableDiffusionXLPipeline, student: UNet2DConditionModel, recipe: DistillConfig
-) -> Image.Image:
-    """Pictures of the validation prompts, teacher beside student, same seeds."""
-    prompts = [(prompt, recipe.seed + number) for number, prompt in enumerate(recipe.validation_prompts)]
-    columns = {}
-    for label, unet in (("teacher", teacher.unet), ("student", student)):
-        drawing = StableDiffusionXLPipeline(**{**teacher.components, "unet": unet}, add_watermarker=False)
-        drawing.set_progress_bar_config(disable=True)
-        columns[label] = pipeline.draw(drawing, prompts, recipe.validation_steps, recipe.validation_guidance)
-    return grid(recipe.validation_prompts, columns)
+def _check(recipe: DistillConfig, accelerator: Accelerator, sharded: bool) -> None:
+    if accelerator.mixed_precision == "fp16":
+        raise KoalaError(
+            f"{recipe.launch} asks for fp16, whose range the losses leave: set mixed_precision to bf16 or no"
+        )
+    if sharded and (recipe.optimizer != "adamw" or recipe.ema_offload):
+        raise KoalaError(
+            "FSDP2 spreads optimiser and average already: set distill.optimizer to adamw, ema_offload to false"
+        )
 
 
-@contextlib.contextmanager
-def _averaged(average: EMAModel | None, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Put the moving average in the student's place for a while."""
-    if average is None:
-        yield
-        return
-    average.store(parameters)
-    average.copy_to(parameters)
-    yield
-    average.restore(parameters)
+def _update(average: EMAModel, parameters: Sequence[torch.nn.Parameter], offload: bool) -> None:
+    if offload:
+        average.to(parameters[0].device)
+    average.step(parameters)
+    if offload:
+        average.to("cpu")
+
+
+def _culprit(
+    accelerator: Accelerator, names: Sequence[str], losses: list[Tensor], numbers: list[Tensor], data: LatentSet
+) -> str:
+    """What was not finite in a step over all processes: the first such term, and the samples of its micro-batches."""
+    values = accelerator.gather(torch.stack(losses))
+    samples = accelerator.gather(torch.stack(numbers))
+    bad = ~torch.isfinite(values[:, 1:])
+    if not bad.any():
+        return "every loss is finite, their gradient is not"
+    term = names[1:][int(bad.any(0).nonzero()[0])]
+    keys = data.keys(samples[bad.any(1)].flatten().tolist())
+    more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+    return f"the term {term} is not finite for samples {', '.join(keys[:8])}{more}"
 
 
 class _Flag:
@@ -221,6 +269,13 @@ def _stop_on_signal() -> _Flag:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     return flag
+
+
+def _told_to_stop(accelerator: Accelerator, flag: _Flag) -> bool:
+    """Whether any process was: all get the same answer at the same time."""
+    if flag.is_set:
+        accelerator.set_trigger()
+    return accelerator.check_trigger()
 
 
 def main(name: str) -> None:

@@ -6,9 +6,10 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from koala.distill.capture import Capture
 from koala.distill.conditioning import TextConditioner
 from koala.distill.config import DistillConfig
-from koala.distill.features import Capture, FeaturePair
+from koala.distill.features import FeaturePair
 from koala.distill.losses import min_snr_weight, mse, snr
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class DistillTask(nn.Module):
         noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
         states, pooled = self.text(batch.tokens, batch.keep)
         inputs = (noisy, batch.timesteps)
-        with torch.no_grad(), self.teacher_features.recording() as taught:
+        with torch.inference_mode(), self.teacher_features.recording() as taught:
             expected = _predict(self.teacher, *inputs, states, pooled, batch.time_ids)
         with self.student_features.recording() as learnt:
             predicted = _predict(self.student, *inputs, states, pooled, batch.time_ids)

@@ -10,6 +10,7 @@ from koala.distill.batches import MicroBatches, Order, TrainingSet
 from koala.distill.batches import load as load_batches
 from koala.errors import KoalaError
 
+CPU = torch.device("cpu")
 BUCKETS = {(32, 32): np.arange(29), (32, 64): np.arange(29, 37)}
 
 
@@ -43,25 +44,26 @@ def test_noise_follows_from_seed_step_and_place_alone(distillable) -> None:
     data = LatentSet(params.out("encode"))
     assert len(data) == 37
     items = TrainingSet(data, params.distill, 1000)
-    latent, noise, timestep, _, caption, time_ids = items[(5, 2, 30)]
+    number, latent, noise, timestep, _, caption, time_ids = items[(5, 2, 30)]
+    assert number == 30
     assert latent.shape == (4, 8, 16) and time_ids == (64, 129, 0, 1, 32, 64) and "background" in caption
     torch.manual_seed(123)
     again = items[(5, 2, 30)]
-    assert torch.equal(again[1], noise) and again[2] == timestep
-    assert not torch.equal(items[(6, 2, 30)][1], noise)
-    assert not torch.equal(items[(5, 3, 30)][1], noise)
+    assert torch.equal(again[2], noise) and again[3] == timestep
+    assert not torch.equal(items[(6, 2, 30)][2], noise)
+    assert not torch.equal(items[(5, 3, 30)][2], noise)
 
 
 def test_few_step_teachers_are_trained_at_their_own_timesteps(distillable, change_params) -> None:
     change_params(distill={"timesteps": [249, 999]})
     params = load()
     items = TrainingSet(LatentSet(params.out("encode")), params.distill, 1000)
-    assert {items[(step, 0, 0)][2] for step in range(20)} == {249, 999}
+    assert {items[(step, 0, 0)][3] for step in range(20)} == {249, 999}
 
 
 def test_a_batch_that_does_not_divide_is_refused(distillable) -> None:
     params = load()
     with pytest.raises(KoalaError, match=r"batch_size 8 does not divide .* multiple of 12"):
-        next(load_batches(LatentSet(params.out("encode")), params.distill, lambda _: None, 1000, 0, 3, 0))
+        next(load_batches(LatentSet(params.out("encode")), params.distill, lambda _: None, 1000, 0, 3, 0, CPU))
     with pytest.raises(KoalaError, match=r"fewer than distill\.batch_size 64"):
         Order(BUCKETS, 64, 0)

@@ -5,8 +5,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from koala.config import load
+from koala.distill.capture import Capture
 from koala.distill.config import FeatureConfig
-from koala.distill.features import Capture, Tap, feature_pairs, match_layers
+from koala.distill.features import Tap, feature_pairs, match_layers
 from koala.errors import KoalaError
 from koala.unet.blocks import keep
 from koala.unet.reference import SDXL
@@ -74,6 +75,30 @@ def test_after_residual_differs_from_before_it_by_what_came_in(kind: str, tiny_t
     )
     found = record(Capture(unet, [before, after, entry]), unet)
     torch.testing.assert_close(found[after], found[entry] + found[before])
+
+
+def test_layers_can_be_chosen() -> None:
+    config = FeatureConfig(kind="self_attention", stages=("UP1",), layers=(0, 4), match="last")
+    found = [
+        pair.teacher.path.rpartition("transformer_blocks.")[2] for pair in feature_pairs([config], stages("koala-700m"))
+    ]
+    assert found == ["5.attn1", "9.attn1"] * 2
+    with pytest.raises(KoalaError, match=r"no layer 5 in stage UP1: choose from 0, 1, 2, 3, 4$"):
+        feature_pairs([FeatureConfig(kind="self_attention", stages=("UP1",), layers=(5,))], stages("koala-700m"))
+
+
+def test_a_feature_named_twice_is_refused() -> None:
+    with pytest.raises(KoalaError, match=r"last of stage DW1 is named twice"):
+        feature_pairs([FeatureConfig(kind="last"), FeatureConfig(kind="last", stages=("DW1",))], stages("koala-700m"))
+
+
+def test_an_impossible_pair_is_refused_when_the_configuration_is_read(workspace, change_params) -> None:
+    change_params(distill={"features": [{"kind": "self_attention", "stages": ["Mid"]}]})
+    with pytest.raises(
+        KoalaError,
+        match=r"smoke\.distill\.features: koala-700m: .* self_attention in stage Mid: choose from DW2, DW3, UP1, UP2$",
+    ):
+        load()
 
 
 def test_nothing_is_recorded_outside_recording(tiny_teacher) -> None:

@@ -72,7 +72,10 @@ def test_a_gradient_that_stays_non_finite_stops_training_with_the_state_saved(di
     params = load()
     work = launch.work_folder(params, STUDENT)
     with (
-        pytest.raises(KoalaError, match=r"stopped at step \d+: 2 steps in a row with a non-finite gradient \(task\)"),
+        pytest.raises(
+            KoalaError,
+            match=r"stopped at step 3: 2 steps in a row .* the term task is not finite for samples 000000012, ",
+        ),
         tracking.stage_run(params, "distill", STUDENT, work) as run,
     ):
         launch.run(params, run, STUDENT)

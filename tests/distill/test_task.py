@@ -1,22 +1,37 @@
 """The objective as a module: its terms, and that each reaches the student and nothing else."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
 from koala.config import load
 from koala.data.latents import LatentSet
+from koala.demo.config import FitConfig, TinyTeacherConfig
+from koala.demo.teacher import build_pipeline
 from koala.distill.batches import Batch
 from koala.distill.batches import load as load_batches
-from koala.distill.loop import build_task
+from koala.distill.capture import compile_layers
+from koala.distill.conditioning import TextConditioner
+from koala.distill.features import FeaturePair
+from koala.distill.loop import assemble, build_task
 from koala.distill.task import DistillTask
+from koala.unet.blocks import StudentRule, keep
+from koala.unet.build import build_student
+from koala.unet.reference import RULES
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
 
 
 def make(student: str = "koala-1b", **changes: object) -> tuple[DistillTask, Batch]:
     params = load()
     teacher = StableDiffusionXLPipeline.from_pretrained(params.out("teacher"), use_safetensors=True)
     task = build_task(params, student, teacher)
-    (batch, *_) = next(load_batches(LatentSet(params.out("encode")), params.distill, task.text.tokenize, 1000, 0, 1, 0))
+    batch = next(
+        next(load_batches(LatentSet(params.out("encode")), params.distill, task.text.tokenize, 1000, 0, 1, 0, CPU))
+    )
     return task, batch
 
 
@@ -67,16 +82,110 @@ def test_every_feature_reaches_the_student(distillable, change_params, checkpoin
     assert all(p.grad is None for module in (task.teacher, task.text) for p in module.parameters())
 
 
-def test_checkpointing_leaves_the_gradient_as_it_is(distillable, change_params) -> None:
-    def gradients() -> dict[str, torch.Tensor]:
-        task, batch = make()
-        sum(task(batch).values()).backward()
-        return {name: parameter.grad for name, parameter in task.student.named_parameters()}
+@pytest.mark.parametrize(
+    "how", [{"gradient_checkpointing": True}, {"compile": True}, {"compile": True, "gradient_checkpointing": True}]
+)
+def test_how_it_is_computed_leaves_the_gradient_as_it_is(distillable, change_params, how: dict) -> None:
+    """Checkpointed and compiled, layer by layer, with hooks inside what is compiled."""
+    plain = gradients(make())
+    change_params(distill=how)
+    task, batch = make()
+    if "compile" in how:
+        for unet in (task.student, task.teacher):
+            compile_layers(unet, backend="aot_eager")  # inductor's kernels would take a minute
+    for _ in range(2):  # the second step runs what the first compiled
+        for name, gradient in gradients((task, batch)).items():
+            torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-6)
 
-    plain = gradients()
-    change_params(distill={"gradient_checkpointing": True})
-    for name, gradient in gradients().items():
-        torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-6)
+
+def gradients(made: tuple[DistillTask, Batch]) -> dict[str, torch.Tensor]:
+    task, batch = made
+    task.zero_grad()
+    sum(task(batch).values()).backward()
+    return {name: parameter.grad for name, parameter in task.student.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "features", ["koala", [{"kind": "cross_attention"}, {"kind": "feed_forward"}, {"kind": "residual"}]]
+)
+def test_the_gradient_of_every_pair_is_that_of_finite_differences(distillable, change_params, features) -> None:
+    """Along the gradient itself, a pair's loss changes by the gradient's length."""
+    change_params(distill={"features": features})
+    whole, batch = make("koala-700m")
+    whole.student.double()
+    parameters = list(whole.student.parameters())
+    torch.manual_seed(0)
+    with torch.no_grad():  # away from the teacher, whose first blocks it shares to the bit
+        for parameter in parameters:
+            parameter += 0.1 * parameter.std() * torch.randn_like(parameter) if parameter.numel() > 1 else 0
+    for pair in whole.pairs:
+        task = DistillTask(whole.student, whole.teacher, whole.text, whole.scheduler, (pair,), whole.config)
+
+        def loss(task: DistillTask = task, pair: FeaturePair = pair) -> torch.Tensor:
+            return task(batch)[f"feature/{pair.stage}"]
+
+        start = loss()
+        direction = torch.autograd.grad(start, parameters, allow_unused=True, materialize_grads=True)
+        length = torch.stack([part.norm() for part in direction]).norm()
+        assert length > 0, pair
+        reach = 0.01 * start.item() / length.item()  # a step that changes the loss by about 2 %
+        values = []
+        for sign in (1, -2, 1):
+            with torch.no_grad():
+                for parameter, part in zip(parameters, direction, strict=True):
+                    parameter += sign * reach * part / length
+                values.append(loss().item())
+        assert (values[0] - values[1]) / (2 * reach) == pytest.approx(length.item(), rel=0.02), pair
+
+
+@pytest.mark.parametrize("rule", ["ssd-1b", "vega", "bk-base", "custom"])
+def test_students_of_any_rule_learn(rule: str, tmp_path) -> None:
+    """From a narrow teacher of SDXL's own depths; BK-SDM's features as well as KOALA's."""
+    custom = StudentRule(down_pairs=(0, 1), up_pairs=(0, 1, 2), mid="drop", depth={"DW2": 1, "UP1": "3/10", "UP2": 2})
+    teacher = deep_teacher()
+    own = RULES.get(rule, custom)
+    stages = keep(teacher.unet.config, own)
+    recipe = load(ROOT / "params.yaml", "smoke").distill.model_copy(
+        update={"features": "bk-sdm" if rule == "bk-base" else "koala"}
+    )
+    student = build_student(teacher.unet, own).train()
+    task = assemble(student, teacher.unet, TextConditioner(teacher), teacher.scheduler.config, stages, recipe)
+    random = torch.Generator().manual_seed(0)
+    batch = Batch(
+        numbers=torch.arange(2),
+        latents=torch.randn(2, 4, 8, 8, generator=random),
+        noise=torch.randn(2, 4, 8, 8, generator=random),
+        timesteps=torch.tensor([100, 900]),
+        tokens=task.text.tokenize(["a large red circle"] * 2),
+        keep=torch.tensor([True, False]),
+        time_ids=torch.tensor([[32, 32, 0, 0, 32, 32]] * 2),
+    )
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-3)
+    losses = []
+    for _ in range(4):
+        loss = sum(task(batch).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    student.save_pretrained(tmp_path)
+    assert type(student).from_pretrained(tmp_path, use_safetensors=True).num_parameters() == student.num_parameters()
+
+
+def deep_teacher() -> StableDiffusionXLPipeline:
+    torch.manual_seed(0)
+    fit = FitConfig(steps=1, batch_size=1, learning_rate=1e-3)
+    config = TinyTeacherConfig(
+        kind="tiny", unet_channels=(16, 16, 32), unet_depths=(0, 2, 10), text_width=16, vae=fit, unet=fit
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+    )
+    return build_pipeline(config, vae)
 
 
 def test_a_dropped_caption_is_the_pipelines_own_unconditional_input(distillable) -> None:
