@@ -152,8 +152,17 @@ def inspect(
     size: Annotated[int, typer.Option(min=64, help="side of the picture, px")] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON alone")] = False,
     plot: Annotated[Path | None, typer.Option(help="write a bar plot to this PNG file")] = None,
+    training: Annotated[bool, typer.Option("--training", help="instead: the memory that distilling it takes")] = False,
+    profile: Annotated[
+        str | None, typer.Option(help="whose settings --training takes; left out: params.yaml's")
+    ] = None,
 ) -> None:
     """Parameters, FLOPs and attention layers of each stage of a U-Net beside SDXL's; nothing is downloaded."""
+    if training:
+        from koala.distill import memory
+
+        memory.show(model, profile, as_json)
+        return
     from koala.unet.inspect import show
 
     show(model, size, as_json, plot)

@@ -7,6 +7,7 @@ from pydantic import Field
 from koala.section import Section
 
 LATENT_CHANNELS = 4
+TOKENS = 16  # the longest caption of koala.demo.shapes has 13 with its two marks
 TIME_ID_WIDTH = 8  # of the sinusoidal embedding of each of SDXL's six time ids
 
 

@@ -26,13 +26,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from koala.console import hide_loading_bars, progress
 from koala.demo import shapes
-from koala.demo.config import LATENT_CHANNELS, FitConfig, TinyTeacherConfig
+from koala.demo.config import LATENT_CHANNELS, TOKENS, FitConfig, TinyTeacherConfig
 from koala.work import resume_folder
 
 if TYPE_CHECKING:
     from koala.tracking import StageRun
 
-TOKENS = 16  # the longest caption of koala.demo.shapes has 13 with its two marks
 POSTERIOR_STD = 0.2  # at the start, of latents whose own is about 1
 KL_WEIGHT = 1e-5
 

@@ -29,6 +29,7 @@ from koala.distill.conditioning import TextConditioner
 from koala.distill.config import DistillConfig
 from koala.distill.features import feature_pairs
 from koala.distill.losses import total
+from koala.distill.memory import advice, estimate
 from koala.distill.optimizer import build_optimizer, learning_rate
 from koala.distill.task import DistillTask
 from koala.distill.validation import validation_grid
@@ -100,6 +101,7 @@ def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
     weights = recipe.weights.model_dump()
     clock, clock_step = time.monotonic(), done
     if is_main:
+        say(f"distill: memory, by estimate: {estimate(params, name).line()}")
         spread = ", the student spread over them" if sharded else ""
         say(f"distill: {accelerator.num_processes} processes on {accelerator.device.type}{spread}")
 
@@ -279,17 +281,22 @@ def _told_to_stop(accelerator: Accelerator, flag: _Flag) -> bool:
 
 
 def main(name: str) -> None:
-    """One training process: rank 0 tells of it."""
+    """One training process: rank 0 tracks it."""
     params = configuration.load()
     first = os.environ.get("RANK", "0") == "0"
     run_id = os.environ.get(RUN_ID)
     try:
         train(params, name, Path(os.environ[WORK]), StageRun(run_id) if first and run_id else None)
+    except torch.OutOfMemoryError:
+        needed = estimate(params, name).line()
+        line = f"out of memory; the estimate was {needed}: {advice(params.distill)}, and the run goes on from its last checkpoint"
     except KoalaError as error:
-        # The launcher turns every status into 1: the stage reads the line here.
-        if first:
-            Path(os.environ[WORK], COMPLAINT).write_text(str(error))
-        sys.exit(2)
+        line = str(error)
+    else:
+        return
+    # The launcher turns every status into 1: the stage reads the line here. Any process may be the one without memory.
+    Path(os.environ[WORK], COMPLAINT).write_text(line)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
