@@ -168,6 +168,53 @@ def inspect(
     show(model, size, as_json, plot)
 
 
+Out = Annotated[Path | None, typer.Option(help="write the raw figures to this JSON file")]
+Plot = Annotated[Path | None, typer.Option(help="write a plot to this PNG file")]
+
+bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine, on random weights.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command("train")
+def bench_train(
+    name: StudentName = "koala-700m",
+    profile: Annotated[
+        str | None, typer.Option(help="whose recipe; left out: sdxl on a CUDA GPU, demo on a CPU")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="optimiser steps that are timed, after two that are not")] = 6,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="how often each recipe is measured; left out: 1 on a GPU, 3 on a CPU")
+    ] = None,
+    ablate: Annotated[bool, typer.Option("--ablate", help="also ours with one setting turned at a time")] = False,
+    out: Out = None,
+    plot: Plot = None,
+) -> None:
+    """Distillation's speed, memory and where the time goes: ours beside the plain recipe."""
+    from koala.bench.train import bench
+
+    bench(name, profile, steps, rounds, ablate, out, plot)
+
+
+@bench.command("infer")
+def bench_infer(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[U-NET]...", help="students, or sdxl, ssd-1b, vega; none: all five")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="side of the picture, px; left out: 1024 on a GPU, 256 on a CPU")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="of a generation")] = 25,
+    dtype: Annotated[str | None, typer.Option(help="left out: float16 on a GPU, float32 on a CPU; or bfloat16")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="compile the transformer layers")] = False,
+    out: Out = None,
+    plot: Plot = None,
+) -> None:
+    """Latency and memory of drawing: SDXL's U-Net beside its students'."""
+    from koala.bench.infer import bench
+
+    bench(models or [], size, steps, dtype, compiled, out, plot)
+
+
 def main() -> None:
     """Entry point: an error that the user can mend is one line on stderr and exit status 2."""
     for name, value in QUIET.items():

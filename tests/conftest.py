@@ -4,8 +4,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -87,6 +85,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def distillable(workspace: Path, tiny_teacher: Path) -> Path:
     """A workspace whose stages before `distill` have run: teacher, 37 latents in two buckets, both students."""
     from koala import config
+    from koala.bench.models import random_latents
     from koala.unet.build import run as build
 
     class Recorder:
@@ -95,38 +94,7 @@ def distillable(workspace: Path, tiny_teacher: Path) -> Path:
 
     params = config.load()
     shutil.copytree(tiny_teacher, params.out("teacher"))
-    write_latents(params.out("encode"), {(32, 32): 29, (32, 64): 8})
+    random_latents(params.out("encode"), {(32, 32): 29, (32, 64): 8}, factor=4)
     for student in params.students:
         build(params, Recorder(), student)
     return workspace
-
-
-def write_latents(folder: Path, buckets: dict[tuple[int, int], int]) -> None:
-    """Random encoded samples, as `encode` would write them: so many in each bucket."""
-    from safetensors.torch import save_file
-
-    from koala.data.latents import COLUMNS
-
-    folder.mkdir(parents=True)
-    random = torch.Generator().manual_seed(0)
-    rows = []
-    for (height, width), count in buckets.items():
-        name = f"00000-{height}x{width}.safetensors"
-        save_file({"latents": torch.randn(count, 4, height // 4, width // 4, generator=random)}, folder / name)
-        for row in range(count):
-            rows.append(
-                {
-                    "key": f"{len(rows):09d}",
-                    "caption": f"a large red circle on a {'white' if row % 2 else 'black'} background",
-                    "file": name,
-                    "row": row,
-                    "bucket_height": height,
-                    "bucket_width": width,
-                    "original_height": 2 * height,
-                    "original_width": 2 * width + row,
-                    "crop_top": 0,
-                    "crop_left": row % 3,
-                    "flipped": False,
-                }
-            )
-    pq.write_table(pa.Table.from_pylist(rows, COLUMNS), folder / "00000.parquet")

@@ -80,16 +80,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def fit_vae(config: TinyTeacherConfig, pictures: Tensor, run: "StageRun") -> AutoencoderKL:
     """Train the autoencoder; its scaling factor makes the latents' standard deviation 1, as SDXL's does."""
-    channels = config.vae_channels
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        block_out_channels=channels,
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
-        sample_size=config.image_size,
-    ).to(memory_format=torch.channels_last)
+    vae = build_vae(config).to(memory_format=torch.channels_last)
     _narrow_posterior(vae)
     parameters = list(vae.parameters())
     step = _stepper(parameters, config.vae)
@@ -105,6 +96,20 @@ def fit_vae(config: TinyTeacherConfig, pictures: Tensor, run: "StageRun") -> Aut
     latents = encode(vae, pictures[:1024], scale=False)
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     return vae
+
+
+def build_vae(config: TinyTeacherConfig) -> AutoencoderKL:
+    """A fresh autoencoder."""
+    channels = config.vae_channels
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=config.image_size,
+    )
 
 
 @torch.no_grad()

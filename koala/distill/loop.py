@@ -5,6 +5,7 @@
 `koala distill koala-700m` does that and the rest of the stage (koala.distill.launch).
 """
 
+import math
 import os
 import signal
 import sys
@@ -24,13 +25,12 @@ from koala.config import Params
 from koala.console import hide_loading_bars, progress, say
 from koala.data.latents import LatentSet
 from koala.distill import batches, checkpoint, history, sharding
-from koala.distill.capture import compile_layers
 from koala.distill.conditioning import TextConditioner
 from koala.distill.config import DistillConfig
 from koala.distill.features import feature_pairs
-from koala.distill.losses import total
+from koala.distill.learner import Learner
 from koala.distill.memory import advice, estimate
-from koala.distill.optimizer import build_optimizer, learning_rate
+from koala.distill.optimizer import learning_rate
 from koala.distill.task import DistillTask
 from koala.distill.validation import validation_grid
 from koala.errors import KoalaError
@@ -59,20 +59,13 @@ def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
     stopping = _stop_on_signal()
     _check(recipe, accelerator, sharded)
 
-    # Student, teacher and losses; the moving average of the student is what will be released.
+    # Student, teacher and losses; the optimiser; the moving average of the student, which is what will be released.
     teacher = StableDiffusionXLPipeline.from_pretrained(
         params.need("teacher"), use_safetensors=True, local_files_only=True
     )
-    task = build_task(params, name, teacher).to(accelerator.device)
-    student = task.student
-    if recipe.compile:
-        compile_layers(student)
-        compile_layers(task.teacher)
-    if sharded:
-        sharding.shard(student, accelerator)
-    parameters = list(student.parameters())
-    optimizer = build_optimizer(recipe, parameters)
-    average = EMAModel(parameters, decay=recipe.ema_decay, foreach=True) if recipe.ema_decay else None
+    task = build_task(params, name, teacher)
+    learner = Learner(task, recipe, accelerator)
+    student, optimizer, average = learner.student, learner.optimizer, learner.average
 
     # Go on where an earlier run stopped. What a step sees follows from its number, so that is all there is to restore.
     done, bad_steps = 0, 0
@@ -81,8 +74,6 @@ def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
         done, bad_steps = state["step"], state["bad_steps"]
         if is_main:
             say(f"distill: going on from step {done}")
-    if average and recipe.ema_offload:
-        average.to("cpu")
     if is_main:
         history.truncate(work, done)
     latents = LatentSet(params.need("encode"))
@@ -96,9 +87,6 @@ def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
         start=done,
         device=accelerator.device,
     )
-    accumulate = recipe.batch_size // (recipe.micro_batch * accelerator.num_processes)
-    wrapped = task if sharded else accelerator.prepare(task)
-    weights = recipe.weights.model_dump()
     clock, clock_step = time.monotonic(), done
     if is_main:
         say(f"distill: memory, by estimate: {estimate(params, name).line()}")
@@ -120,39 +108,30 @@ def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
         # Forward and backward over this process's share of the batch; gradients meet in its last micro-batch.
         losses, numbers = [], []
         for number, batch in enumerate(micro_batches, start=1):
-            with sharding.synchronised(wrapped, last=number == accumulate), accelerator.autocast():
-                terms = wrapped(batch)
-                loss = total(terms, weights)
-            accelerator.backward(loss / accumulate)
-            losses.append(torch.stack([loss, *terms.values()]).detach())
+            terms = learner.backward(batch, number)
+            losses.append(torch.stack(list(terms.values())))
             numbers.append(batch.numbers)
             if _told_to_stop(accelerator, stopping):
                 leave()
 
         # One step of the optimiser, unless the gradient is not finite.
-        norm = sharding.whole(torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm))
         rate = learning_rate(recipe, done)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        if torch.isfinite(norm):
-            optimizer.step()
+        norm = learner.update(rate)
+        if math.isfinite(norm):
             bad_steps = 0
-            if average:
-                _update(average, parameters, recipe.ema_offload)
         else:
             bad_steps += 1
-            culprit = _culprit(accelerator, ["total", *terms], losses, numbers, latents)
+            culprit = _culprit(accelerator, list(terms), losses, numbers, latents)
             if is_main:
                 say(f"distill: step {done + 1} is skipped: {culprit}")
-        optimizer.zero_grad()
         done += 1
 
         # Tell MLflow each term by itself (the mean over the batch, all processes) and the speed since last time.
         if done % recipe.log_every == 0 or done == recipe.steps:
             values = accelerator.reduce(torch.stack(losses).mean(0), "mean").tolist()
             if is_main:
-                row = dict(zip(("loss/total", *(f"loss/{term}" for term in terms)), values, strict=True))
-                row |= {"gradient_norm": norm.item(), "learning_rate": rate, "bad_steps": float(bad_steps)}
+                row = dict(zip((f"loss/{term}" for term in terms), values, strict=True))
+                row |= {"gradient_norm": norm, "learning_rate": rate, "bad_steps": float(bad_steps)}
                 history.append(work, done, row)
             if run:
                 now = time.monotonic()
@@ -233,14 +212,6 @@ def _check(recipe: DistillConfig, accelerator: Accelerator, sharded: bool) -> No
         raise KoalaError(
             "FSDP2 spreads optimiser and average already: set distill.optimizer to adamw, ema_offload to false"
         )
-
-
-def _update(average: EMAModel, parameters: Sequence[torch.nn.Parameter], offload: bool) -> None:
-    if offload:
-        average.to(parameters[0].device)
-    average.step(parameters)
-    if offload:
-        average.to("cpu")
 
 
 def _culprit(

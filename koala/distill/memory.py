@@ -40,7 +40,7 @@ GIB = 2**30
 CARDS = (8, 11, 16, 24, 32, 40, 48, 80, 141)
 """Memory of common cards, GiB."""
 
-_SDXL_TEXT_PARAMETERS = 123_060_480 + 694_659_840  # CLIP-L and OpenCLIP bigG
+SDXL_TEXT_PARAMETERS = 123_060_480 + 694_659_840  # CLIP-L and OpenCLIP bigG
 _VAE_FACTOR, _TEXT_TOKENS = 8, 77  # SDXL's
 _MOMENTS = {"adamw": 8.0, "adamw-8bit": 2.0 + 2 * 4 / 256}  # bytes a parameter; of 8 bits, a scale for each 256
 
@@ -77,7 +77,7 @@ def estimate(params: Params, student: str) -> MemoryEstimate:
     recipe, teacher_config = params.distill, params.teacher_unet()
     stages = keep(teacher_config, params.student(student))
     config = student_config(teacher_config, stages)
-    launch = _launch_settings(recipe)
+    launch = launch_settings(recipe)
     shares = int(launch.get("num_processes", 1)) if launch.get("distributed_type") == "FSDP" else 1
     unet, teacher = empty_unet(config), empty_unet(teacher_config)
     teacher.to(getattr(torch, recipe.teacher_dtype))
@@ -241,7 +241,8 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.itemsize for parameter in module.parameters())
 
 
-def _launch_settings(recipe: DistillConfig) -> dict[str, Any]:
+def launch_settings(recipe: DistillConfig) -> dict[str, Any]:
+    """What the accelerate configuration that `recipe.launch` names says. Raises KoalaError where there is no such file."""
     file = Path(recipe.launch)
     if not file.is_file():
         raise KoalaError(f"distill.launch names {file}, which is not there: choose one of infra/accelerate/")
@@ -250,7 +251,7 @@ def _launch_settings(recipe: DistillConfig) -> dict[str, Any]:
 
 def _text_parameters(params: Params) -> int:
     if not isinstance(params.teacher, TinyTeacherConfig):
-        return _SDXL_TEXT_PARAMETERS
+        return SDXL_TEXT_PARAMETERS
     width = params.teacher.text_width
     return 2 * 2 * 8 * width * width  # two encoders of two layers: 4 w^2 of attention, 4 w^2 of feed-forward
 

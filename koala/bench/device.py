@@ -1,0 +1,134 @@
+"""The device under measurement: what it is, how fast it multiplies, how much memory was used, where time went."""
+
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from koala import pipeline
+
+_SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices whose product is the peak: large enough to fill the device
+_PRODUCTS = 20
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
+_STATUS = Path("/proc/self/status")
+
+
+def describe() -> dict[str, Any]:
+    """The device's name and the versions that the figures belong to."""
+    device = pipeline.device()
+    name = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
+    )
+    found: dict[str, Any] = {
+        "device": name,
+        "python": platform.python_version(),
+        **{name: version(name) for name in _PACKAGES},
+    }
+    if device.type == "cuda":
+        found |= {"cuda": torch.version.cuda, "memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30}
+    return found
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def matmul_peak(dtype: torch.dtype) -> float:
+    """FLOP/s of the device's own product of two large square matrices of random numbers, the best of several."""
+    device = pipeline.device()
+    side = _SIDES[device.type]
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    times = []
+    for _ in range(_PRODUCTS):
+        synchronize()
+        start = time.perf_counter()
+        a @ b
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * side**3 / min(times)
+
+
+def synchronize() -> None:
+    """Wait until the device has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class PeakMemory:
+    """Bytes of the most memory held since `start`: of the GPU, all of it; of a CPU, what the process grew by."""
+
+    def __init__(self) -> None:
+        self._cuda = torch.cuda.is_available()
+        self._before = 0 if self._cuda else _resident("VmRSS")
+
+    def restart(self) -> None:
+        """Forget the peak of what was only preparation."""
+        if self._cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        elif _STATUS.is_file():
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+
+    def bytes(self) -> int | None:
+        """None where the system does not tell."""
+        if self._cuda:
+            return torch.cuda.max_memory_allocated()
+        return _resident("VmHWM") - self._before if _STATUS.is_file() else None
+
+
+def _resident(field: str) -> int:
+    if not _STATUS.is_file():
+        return 0
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+class Stopwatch:
+    """Splits time between names: each `mark` gives the time since the last one to a name.
+
+    On a GPU by events in its own queue, so that nothing waits for being timed: what a mark is given includes the time in
+    which the GPU had nothing to do.
+    """
+
+    def __init__(self) -> None:
+        self._now: Callable[[], Any] = _event if torch.cuda.is_available() else time.perf_counter
+        self._marks: list[tuple[str | None, Any]] = []
+
+    def start(self) -> None:
+        """The time before this belongs to no name."""
+        self._marks.append((None, self._now()))
+
+    def mark(self, name: str) -> None:
+        self._marks.append((name, self._now()))
+
+    def around(self, module: nn.Module, before: str, name: str) -> None:
+        """Mark `before` when the module's forward starts, and `name` when it ends."""
+        module.register_forward_pre_hook(lambda *_: self.mark(before))
+        module.register_forward_hook(lambda *_: self.mark(name))
+
+    def clear(self) -> None:
+        self._marks.clear()
+
+    def seconds(self) -> dict[str, float]:
+        """The sum for each name since the last `clear`, in the order of first marks."""
+        synchronize()
+        sums: dict[str, float] = {}
+        for (_, start), (name, end) in zip(self._marks, self._marks[1:], strict=False):
+            if name is not None:
+                spent = start.elapsed_time(end) / 1000 if isinstance(end, torch.cuda.Event) else end - start
+                sums[name] = sums.get(name, 0.0) + spent
+        return sums
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

@@ -1,0 +1,166 @@
+"""What a person reads of a benchmark: tables that are Markdown, plots; and the raw figures as JSON."""
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from koala.bench.runner import Figures
+from koala.errors import KoalaError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GIB = 2**30
+
+
+def document(bench: str, settings: dict[str, Any], rows: Sequence[Figures]) -> dict[str, Any]:
+    """All that was measured, with its date, device and versions. Raises KoalaError where no row could be measured."""
+    where = next((row["where"] for row in rows if "where" in row), None)
+    if where is None:
+        raise KoalaError(f"bench {bench}: nothing fits this device's memory: choose another profile or a smaller size")
+    bare = [{name: value for name, value in row.items() if name != "where"} for row in rows]
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"bench": bench, "date": date, "where": where, "settings": settings, "rows": bare}
+
+
+def train(found: dict[str, Any], out: Path | None, plot: Path | None) -> None:
+    """Print `koala bench train`'s tables: speed and memory beside the first row, then where an image's time went."""
+    rows = found["rows"]
+    first = next(row for row in rows if "images_per_second" in row)
+    settings = found["settings"]
+    peak = settings["matmul_flops_per_second"]
+    speed = [["recipe", "micro-batch", "images/s", f"of {first['name']}'s", "TFLOP/s", "of matmul peak", "memory, GiB"]]
+    parts = list(dict.fromkeys(part for row in rows for part in row.get("seconds_per_image", ())))
+    spent = [["ms an image", *parts, "total"]]
+    for row in rows:
+        if "images_per_second" not in row:
+            speed.append([row["name"], "out of memory", *["-"] * 5])
+            continue
+        speed.append(
+            [
+                row["name"],
+                str(row["micro_batch"]),
+                _with_range(row["images_per_second"], row["images_per_second_of_rounds"]),
+                f"{row['images_per_second'] / first['images_per_second']:.2f} x",
+                f"{row['images_per_second'] * row['flops_per_image'] / 1e12:.3g}",
+                f"{row['images_per_second'] * row['flops_per_image'] / peak:.1%}",
+                _gib(row["peak_bytes"]),
+            ]
+        )
+        each = row["seconds_per_image"]
+        total = 1 / row["images_per_second"]
+        spent.append([row["name"], *(f"{1000 * each.get(part, 0):.2f}" for part in parts), f"{1000 * total:.2f}"])
+    flops, size = first["flops_per_image"] / 1e12, first["size"]
+    print(f"Distilling {settings['student']} at profile {settings['profile']}, {size} px: {flops:.4g} TFLOP an image")
+    _print(found, [speed, spent])
+    print(f"matmul peak: {peak / 1e12:.4g} TFLOP/s, precision {first['precision']}; {settings['rounds']} rounds")
+    _save(found, out, plot, _train_figure)
+
+
+def infer(found: dict[str, Any], out: Path | None, plot: Path | None) -> None:
+    """Print `koala bench infer`'s table: latency, memory, and what fits, beside the first row."""
+    rows, settings = found["rows"], found["settings"]
+    first = rows[0]
+    limits = [f"{limit} GiB" for limit in settings["limits_gib"]]
+    table = [
+        ["U-Net", "M parameters", "ms a step", "speed", f"s for {settings['steps']} steps", "speed", "memory, GiB"]
+    ]
+    table[0] += [f"fits {limit}" for limit in limits]
+    for row in rows:
+        fits = ["yes" if row["fits"][str(limit)] else "no" for limit in settings["limits_gib"]]
+        cells = ["out of memory", *["-"] * 4]
+        if "step_seconds" in row:
+            cells = [
+                f"{1000 * row['step_seconds']:.1f}",
+                _ratio(first, row, "step_seconds"),
+                f"{row['generation_seconds']:.2f}",
+                _ratio(first, row, "generation_seconds"),
+                _gib(row["peak_bytes"]),
+            ]
+        table.append([row["name"], f"{row['parameters'] / 1e6:.1f}", *cells, *fits])
+    how = ", layers compiled" if settings["compile"] else ""
+    print(f"One picture of {settings['size']} px, guidance (two forward passes a step), {settings['dtype']}{how}")
+    _print(found, [table])
+    _save(found, out, plot, _infer_figure)
+
+
+def _with_range(value: float, rounds: Sequence[float | None]) -> str:
+    """A figure and, of several rounds, the least and the most."""
+    known = [each for each in rounds if each is not None]
+    return f"{value:.2f}" + (f" ({min(known):.2f} to {max(known):.2f})" if len(known) > 1 else "")
+
+
+def _ratio(first: Figures, row: Figures, name: str) -> str:
+    return f"{first[name] / row[name]:.2f} x" if name in first else "-"
+
+
+def _gib(size: int | None) -> str:
+    return "-" if size is None else f"{size / GIB:.2f}"
+
+
+def _print(found: dict[str, Any], tables: Sequence[Sequence[Sequence[str]]]) -> None:
+    for rows in tables:
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        print()
+        for first, *others in (rows[0], rule, *rows[1:]):
+            cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+            print(f"| {' | '.join(cells)} |")
+    where = ", ".join(f"{name} {value}" for name, value in found["where"].items() if name != "device")
+    print(f"\n{found['where']['device']}; {where}; {found['date']}")
+
+
+def _save(found: dict[str, Any], out: Path | None, plot: Path | None, draw: Any) -> None:
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(found, indent=1) + "\n")
+    if plot:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            draw(found).savefig(plot, dpi=130)
+        except ValueError:
+            raise KoalaError(f"--plot {plot}: name a .png, .svg or .pdf file") from None
+
+
+def _train_figure(found: dict[str, Any]) -> "Figure":
+    """A bar for each recipe: where an image's time went."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in found["rows"] if "seconds_per_image" in row]
+    figure = Figure(figsize=(9, 1.4 + 0.45 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    names = [row["name"] for row in rows]
+    left = [0.0] * len(rows)
+    for part in dict.fromkeys(part for row in rows for part in row["seconds_per_image"]):
+        widths = [1000 * row["seconds_per_image"].get(part, 0) for row in rows]
+        axes.barh(names, widths, left=left, label=part, height=0.6)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    settings = found["settings"]
+    axes.set(xlabel="ms an image", title=f"Distilling {settings['student']}, profile {settings['profile']}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=6, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    return figure
+
+
+def _infer_figure(found: dict[str, Any]) -> "Figure":
+    """Two panels: seconds for a picture, and memory."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in found["rows"] if "step_seconds" in row]
+    figure = Figure(figsize=(10, 1 + 0.45 * len(rows)), layout="constrained")
+    names, settings = [row["name"] for row in rows], found["settings"]
+    panels = {
+        f"s for {settings['steps']} steps at {settings['size']} px": [row["generation_seconds"] for row in rows],
+        "memory at its peak, GiB": [(row["peak_bytes"] or 0) / GIB for row in rows],
+    }
+    for axes, (title, values) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+        bars = axes.barh(names, values, height=0.6, color="#2a6f97")
+        axes.bar_label(bars, fmt="%.2f", padding=3)
+        axes.margins(x=0.15)
+        axes.set_title(title, loc="left", fontsize="medium")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].invert_yaxis()
+    return figure

@@ -1,0 +1,133 @@
+"""One recipe's measurement for `koala bench train`, in a process of its own (koala.bench.runner)."""
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+
+from koala.bench import plain, runner
+from koala.bench.device import PeakMemory, Stopwatch, describe, matmul_peak, synchronize
+from koala.bench.models import random_latents, random_pipeline, random_tokens
+from koala.config import load
+from koala.data.latents import LatentSet
+from koala.distill import batches
+from koala.distill.conditioning import TextConditioner
+from koala.distill.config import DistillConfig
+from koala.distill.learner import Learner
+from koala.distill.loop import assemble
+from koala.distill.memory import launch_settings
+from koala.distill.optimizer import learning_rate
+from koala.unet.blocks import Stage, keep
+from koala.unet.build import build_student
+from koala.unet.inspect import inspect
+
+_WARM_UP = 2  # steps: compilation, the first sight of each shape
+
+
+def measure(name: str, student: str, profile: str, steps: int, changes: dict[str, Any]) -> runner.Figures:
+    """One variant's figures, in this process. changes: of the profile's recipe."""
+    params = load(profile=profile)
+    recipe = params.distill.model_copy(update={**changes, "steps": _WARM_UP + steps})
+    precision = launch_settings(recipe).get("mixed_precision", "no")
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
+    half = torch.bfloat16 if precision == "bf16" else torch.float32
+    peak, memory, watch = matmul_peak(half), PeakMemory(), Stopwatch()
+    dtype = half if name == runner.PLAIN else getattr(torch, recipe.teacher_dtype)
+    models = random_pipeline(params.teacher, accelerator.device, dtype)
+    unet = build_student(models.unet, params.student(student)).float()
+    size = max(min(bucket) for bucket in params.encode.buckets)
+    side = size // models.vae_scale_factor
+    flops = inspect(models.unet.config, side).flops + 3 * inspect(unet.config, side).flops
+    stages = keep(models.unet.config, params.student(student))
+    watch.around(models.unet, "encoders", "teacher")
+    watch.around(unet, "teacher", "student")
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        prepare = _plain if name == runner.PLAIN else _ours
+        learner, data = prepare(models, unet, stages, recipe, accelerator, size, Path(folder) / "encode")
+        del models, unet
+        for step, micro_batches in enumerate(data):
+            if step == _WARM_UP:
+                memory.restart()
+                watch.clear()
+            synchronize()
+            begin = time.perf_counter()
+            watch.start()
+            for number, batch in enumerate(micro_batches, start=1):
+                watch.mark("data")
+                learner.backward(batch, number)
+                watch.mark("backward")
+            learner.update(learning_rate(recipe, step))
+            watch.mark("optimizer")
+            synchronize()
+            seconds.append(time.perf_counter() - begin)
+    timed = seconds[_WARM_UP:]
+    images = recipe.batch_size * len(timed)
+    speed = images / sum(timed)
+    return {
+        "micro_batch": recipe.micro_batch,
+        "batch_size": recipe.batch_size,
+        "size": size,
+        "images_per_second": speed,
+        "step_seconds": timed,
+        "warm_up_seconds": seconds[:_WARM_UP],
+        "flops_per_image": flops,
+        "matmul_flops_per_second": peak,
+        "peak_bytes": memory.bytes(),
+        "seconds_per_image": {part: spent / images for part, spent in watch.seconds().items()},
+        "precision": precision,
+        "where": describe(),
+    }
+
+
+Prepared = tuple[Any, Iterator[Iterator[Any]]]
+"""A learner with koala.distill.learner.Learner's two halves of a step, and for every step its micro-batches."""
+
+
+def _plain(
+    models: StableDiffusionXLPipeline,
+    student: UNet2DConditionModel,
+    stages: Sequence[Stage],
+    recipe: DistillConfig,
+    accelerator: Accelerator,
+    size: int,
+    _folder: Path,
+) -> Prepared:
+    blocks = [stage.path for stage in stages]
+    half = models.unet.dtype
+    learner = plain.PlainLearner(models, student, blocks, recipe, accelerator.device, half)
+    return learner, plain.load(models.text_encoder.config, size, recipe)
+
+
+def _ours(
+    models: StableDiffusionXLPipeline,
+    student: UNet2DConditionModel,
+    stages: Sequence[Stage],
+    recipe: DistillConfig,
+    accelerator: Accelerator,
+    size: int,
+    folder: Path,
+) -> Prepared:
+    random_latents(folder, {(size, size): 2 * recipe.batch_size}, models.vae_scale_factor)
+    tokens = models.text_encoder.config
+    task = assemble(student, models.unet, TextConditioner(models), models.scheduler.config, stages, recipe)
+    data = batches.load(
+        LatentSet(folder),
+        recipe,
+        lambda captions: random_tokens(tokens, len(captions)),
+        task.scheduler.config.num_train_timesteps,
+        rank=0,
+        processes=1,
+        start=0,
+        device=accelerator.device,
+    )
+    return Learner(task, recipe, accelerator), data
+
+
+if __name__ == "__main__":
+    runner.answer(measure)

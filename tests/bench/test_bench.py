@@ -1,0 +1,252 @@
+"""The benchmarks as a user runs them, at the size of tests, and the parts that their figures rest on."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from koala.bench import infer, infer_worker, runner, train
+from koala.bench.device import Stopwatch, matmul_peak
+from koala.bench.models import random_pipeline, random_sdxl
+from koala.bench.plain import PlainLearner, load
+from koala.config import load as load_params
+from koala.distill.memory import SDXL_TEXT_PARAMETERS
+from koala.errors import KoalaError
+from koala.unet.blocks import keep
+from koala.unet.build import build_student
+from koala.unet.inspect import inspect
+from koala.unet.reference import SDXL
+
+KOALA = Path(sys.executable).with_name("koala")
+CPU = torch.device("cpu")
+STUDENT = "koala-700m"
+
+
+def koala(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([KOALA, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_train_measures_both_recipes_and_says_where_time_went(workspace: Path) -> None:
+    said = koala(
+        "bench",
+        "train",
+        STUDENT,
+        "--profile",
+        "smoke",
+        "--steps",
+        "2",
+        "--rounds",
+        "1",
+        "--out",
+        "a/raw.json",
+        "--plot",
+        "a/plot.png",
+    )
+    assert said.returncode == 0, said.stderr
+    found = json.loads(Path("a/raw.json").read_text())
+    plain, ours = found["rows"]
+    assert (plain["name"], ours["name"]) == ("plain", "koala")
+    for row in (plain, ours):
+        assert row["images_per_second"] == pytest.approx(2 * row["batch_size"] / sum(row["step_seconds"]))
+        parts = row["seconds_per_image"]
+        assert set(parts) == {"data", "encoders", "teacher", "student", "backward", "optimizer"}
+        # All of a step belongs to a part.
+        assert sum(parts.values()) == pytest.approx(1 / row["images_per_second"], rel=0.1)
+        assert row["peak_bytes"] > 2**20
+    assert plain["flops_per_image"] == ours["flops_per_image"] == flops_of_a_step()
+    assert f"{ours['images_per_second'] / plain['images_per_second']:.2f} x" in said.stdout
+    assert found["where"]["torch"] == torch.__version__ and found["settings"]["profile"] == "smoke"
+    assert Path("a/plot.png").stat().st_size > 1000
+
+
+def flops_of_a_step() -> int:
+    params = load_params()
+    models = random_pipeline(params.teacher, CPU, torch.float32)
+    student = build_student(models.unet, params.student(STUDENT))
+    return inspect(models.unet.config, 8).flops + 3 * inspect(student.config, 8).flops
+
+
+def test_the_floor_at_sdxl_size_is_the_published_one(workspace: Path) -> None:
+    """14.87 TFLOP an image for KOALA-700M at 1024 px, 17.06 for KOALA-1B."""
+    from koala.unet.build import student_config
+
+    params = load_params(profile="sdxl")
+    for name, floor in ((STUDENT, 14.87), ("koala-1b", 17.06)):
+        student = student_config(SDXL, keep(SDXL, params.student(name)))
+        assert (inspect(SDXL, 128).flops + 3 * inspect(student, 128).flops) / 1e12 == pytest.approx(floor, abs=0.01)
+
+
+def test_ablate_turns_one_setting_at_a_time(workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    asked = []
+
+    def run(module: str, spec: dict) -> runner.Figures:
+        asked.append((spec["name"], spec["changes"]))
+        if spec["name"] == "plain" and spec["changes"]["micro_batch"] > 2:
+            return runner.OUT_OF_MEMORY
+        return figures(spec["changes"]["micro_batch"])
+
+    monkeypatch.setattr(runner, "run", run)
+    train.bench(STUDENT, "smoke", 2, 1, ablate=True, out=None, plot=None)
+    assert asked == [
+        ("plain", {"micro_batch": 4}),
+        ("plain", {"micro_batch": 2}),  # out of memory with four
+        ("koala", {"micro_batch": 4}),
+        ("koala, compile true", {"compile": True, "micro_batch": 4}),
+        ("koala, channels_last true", {"channels_last": True, "micro_batch": 4}),
+        ("koala, gradient_checkpointing true", {"gradient_checkpointing": True, "micro_batch": 4}),
+    ]
+    printed = capsys.readouterr().out
+    assert "| plain " in printed and "2.00 x" in printed
+    assert "4.0%" in printed  # four times 10^9 of 10^11 a second
+
+
+def figures(micro_batch: int) -> runner.Figures:
+    return {
+        "micro_batch": micro_batch,
+        "size": 32,
+        "images_per_second": float(micro_batch),
+        "flops_per_image": 10**9,
+        "matmul_flops_per_second": 1e11,
+        "peak_bytes": None,
+        "seconds_per_image": {"teacher": 0.1},
+        "precision": "no",
+        "where": {"device": "a machine"},
+    }
+
+
+def test_infer_measures_a_step_a_generation_and_memory(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Narrow U-Nets of SDXL's depths in this process: at full width a test would take minutes."""
+    narrow = {**SDXL, "block_out_channels": (32, 64, 64), "attention_head_dim": (1, 2, 2)}
+    monkeypatch.setattr(infer, "SDXL", narrow)
+    monkeypatch.setattr(runner, "run", lambda _, spec: infer_worker.measure(**spec))
+    monkeypatch.setattr(
+        "koala.bench.models._CLIP_L", {"num_hidden_layers": 1, "hidden_size": 768, "num_attention_heads": 12}
+    )
+    monkeypatch.setattr(
+        "koala.bench.models._CLIP_G",
+        {"num_hidden_layers": 1, "hidden_size": 1280, "num_attention_heads": 20, "projection_dim": 1280},
+    )
+    infer.bench(["sdxl", STUDENT], 64, 2, None, False, Path("raw.json"), Path("plot.png"))
+    found = json.loads(Path("raw.json").read_text())
+    teacher, student = found["rows"]
+    assert student["parameters"] < teacher["parameters"]
+    assert student["step_seconds"] < teacher["step_seconds"]
+    assert teacher["generation_seconds"] > 2 * teacher["step_seconds"] * 0.5
+    printed = capsys.readouterr().out
+    assert f"{teacher['step_seconds'] / student['step_seconds']:.2f} x" in printed
+    assert Path("plot.png").stat().st_size > 1000
+
+
+def test_what_cannot_be_measured_is_one_line(workspace: Path) -> None:
+    for arguments, line in {
+        ("train", "koala-2b"): "no student 'koala-2b'",
+        ("train", "--profile", "nowhere"): "names the profile 'nowhere'",
+        ("train", "--profile", "sdxl"): "needs a CUDA GPU",
+        ("infer", "koala-2b"): "no U-Net 'koala-2b' to measure: choose from sdxl,",
+        ("infer", "--dtype", "half"): "--dtype half: choose one of float32, float16, bfloat16",
+        ("infer", "--size", "100"): "--size 100: must be a multiple of 32 pixels",
+    }.items():
+        said = koala("bench", *arguments)
+        assert said.returncode == 2 and line in said.stderr and len(said.stderr.splitlines()) == 1, said.stderr
+
+
+def test_a_measurement_that_fails_says_so(workspace: Path, capfd) -> None:
+    with pytest.raises(KoalaError, match="no student 'x'"):
+        runner.run("train_worker", {"name": "koala", "student": "x", "profile": "smoke", "steps": 1, "changes": {}})
+    with pytest.raises(KoalaError, match="measuring koala ended with status 1"):
+        runner.run("train_worker", {"name": "koala"})
+    assert "TypeError" in capfd.readouterr().err
+
+
+def test_the_median_run_counts() -> None:
+    runs = [{"speed": 3}, runner.OUT_OF_MEMORY, {"speed": 1}, {"speed": 2}]
+    assert runner.median(runs, "speed") == {"speed": 2}
+    assert runner.median([runner.OUT_OF_MEMORY], "speed") == runner.OUT_OF_MEMORY
+
+
+def test_a_stopwatch_gives_time_to_names() -> None:
+    class Slow(nn.Module):
+        def forward(self) -> None:
+            time.sleep(0.05)
+
+    watch, module = Stopwatch(), Slow()
+    watch.around(module, "before", "slow")
+    for _ in range(2):
+        time.sleep(0.1)  # belongs to nothing
+        watch.start()
+        time.sleep(0.02)
+        module()
+        watch.mark("after")
+    found = watch.seconds()
+    assert list(found) == ["before", "slow", "after"]
+    assert found["slow"] == pytest.approx(0.1, abs=0.03) and found["before"] == pytest.approx(0.04, abs=0.03)
+    assert found["after"] < 0.03
+
+
+def test_peak_memory_is_what_was_held_at_once() -> None:
+    """64 MiB that passed before the restart do not count; 16 that stay and 32 that passed after it do."""
+    code = """
+import torch
+from koala.bench.device import PeakMemory
+torch.ones(2**20).sum()  # what torch takes at its first sum
+memory = PeakMemory()
+stays = torch.ones(2**22)
+torch.ones(2**24)
+memory.restart()
+torch.ones(2**23)
+print(memory.bytes())
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    if said == "None":
+        pytest.skip("this system does not tell a process its peak")
+    assert int(said) / 2**20 == pytest.approx(48, abs=4)
+
+
+def test_the_peak_is_a_rate() -> None:
+    assert 1e8 < matmul_peak(torch.float32) < 1e15
+
+
+def test_sdxls_other_parts_have_its_sizes() -> None:
+    """Against the counts of the published text encoders and VAE."""
+    models = random_sdxl({**SDXL, "block_out_channels": (32, 64, 64)}, torch.device("meta"), torch.float16)
+    text = sum(encoder.num_parameters() for encoder in (models.text_encoder, models.text_encoder_2))
+    assert text == SDXL_TEXT_PARAMETERS
+    assert models.vae.num_parameters() == 83_653_863
+    assert {part.dtype for part in (models.unet, models.vae, models.text_encoder_2)} == {torch.float16}
+
+
+def test_the_plain_recipe_learns(workspace: Path) -> None:
+    """A baseline that did not train would be none: its weights move, and its average follows."""
+    params = load_params()
+    recipe = params.distill.model_copy(update={"batch_size": 4, "micro_batch": 2, "steps": 2})
+    models = random_pipeline(params.teacher, CPU, torch.float32)
+    student = build_student(models.unet, params.student(STUDENT))
+    blocks = [stage.path for stage in keep(models.unet.config, params.student(STUDENT))]
+    learner = PlainLearner(models, student, blocks, recipe, CPU, torch.float32)
+    before = [parameter.clone() for parameter in student.parameters()]
+    steps = 0
+    for micro_batches in load(models.text_encoder.config, 32, recipe):
+        for number, batch in enumerate(micro_batches, start=1):
+            assert batch[0].shape == (2, 3, 32, 32)
+            learner.backward(batch, number)
+        assert number == 2
+        gradients = [parameter.grad for parameter in student.parameters()]
+        assert all(gradient is not None for gradient in gradients)
+        learner.update(1e-3)
+        steps += 1
+    assert steps == 2
+    assert all(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True) if a.numel() > 64)
+    assert all(
+        parameter.grad is None
+        for module in (learner.teacher, learner.text, learner.vae)
+        for parameter in module.parameters()
+    )
