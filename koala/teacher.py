@@ -1,10 +1,11 @@
 """The stage `teacher`: a pipeline folder of SDXL's layout, from the Hub at a pinned revision, or trained here (the demo's)."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from koala.console import say
 from koala.demo.config import TinyTeacherConfig
@@ -17,23 +18,46 @@ if TYPE_CHECKING:
     from koala.tracking import StageRun
 
 
-class HubTeacherConfig(Section):
-    """A teacher on the Hugging Face Hub. Revisions are commit ids: a name that moves is not a teacher.
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="a commit id: a name that moves is no revision")]
 
-    vae: a repository whose VAE takes the place of the pipeline's own (SDXL's gives NaN in fp16).
+
+class HubPart(Section):
+    """A part from a repository of its own: its weights, one .safetensors whatever its name, and configurations."""
+
+    repository: str
+    revision: Revision
+    files: tuple[str, ...] = ("config.json", _WEIGHTS)
+
+    @field_validator("files")
+    @classmethod
+    def _only_data(cls, files: tuple[str, ...]) -> tuple[str, ...]:
+        weights = [file for file in files if file.endswith(".safetensors")]
+        if len(weights) != 1 or not all(file.endswith((".safetensors", ".json")) for file in files):
+            raise ValueError("must be one .safetensors file, and .json files")
+        return files
+
+
+class HubTeacherConfig(Section):
+    """A teacher on the Hugging Face Hub.
+
+    unet: takes the place of the pipeline's own (few-step teachers come as a U-Net alone). vae: likewise (SDXL's gives NaN
+    in fp16). scheduler: values that its configuration has otherwise.
     """
 
     kind: Literal["hub"]
     repository: str
-    revision: str = Field(pattern=r"^[0-9a-f]{40}$")
-    vae: str | None = None
-    vae_revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
+    revision: Revision
+    unet: HubPart | None = None
+    vae: HubPart | None = None
+    scheduler: dict[str, str | float | bool] = Field(default_factory=dict)
 
 
 TeacherConfig = Annotated[HubTeacherConfig | TinyTeacherConfig, Field(discriminator="kind")]
 
 # Configurations, vocabularies and safetensors: nothing that is unpickled or run.
 _PATTERNS = ("model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors")
+_SECOND_COPIES = ("*.fp16.*", "vae_*/*")
 
 
 def run(params: "Params", run: "StageRun") -> None:
@@ -58,7 +82,9 @@ def fetch(config: HubTeacherConfig) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    folder = resume_folder("teacher", config=config.model_dump()) / "pipeline"
+    work = resume_folder("teacher", config=config.model_dump())
+    folder = work / "pipeline"
+    parts = {name: part for name, part in (("unet", config.unet), ("vae", config.vae)) if part}
     say(f"teacher: {config.repository} at {config.revision[:8]}")
     try:
         snapshot_download(
@@ -66,18 +92,27 @@ def fetch(config: HubTeacherConfig) -> Path:
             revision=config.revision,
             local_dir=folder,
             allow_patterns=list(_PATTERNS),
-            ignore_patterns=["*.fp16.*", "vae_*/*"],  # second copies of the weights
+            ignore_patterns=[*_SECOND_COPIES, *(f"{name}/*.safetensors" for name in parts)],
         )
-        if config.vae:
+        for name, part in parts.items():
+            say(f"teacher: its {name} from {part.repository} at {part.revision[:8]}")
+            fetched = work / name
             snapshot_download(
-                config.vae,
-                revision=config.vae_revision,
-                local_dir=folder / "vae",
-                allow_patterns=["config.json", "diffusion_pytorch_model.safetensors"],
+                part.repository, revision=part.revision, local_dir=fetched, allow_patterns=list(part.files)
             )
+            for each in part.files:
+                shutil.copyfile(fetched / each, folder / name / (each if each.endswith(".json") else _WEIGHTS))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise KoalaError(
-            f"cannot fetch the teacher {config.repository} from the Hugging Face Hub ({type(error).__name__}): "
-            "check the network and `hf auth login`, or use `profile: demo`, which needs neither"
+            f"cannot fetch the teacher {config.repository} from the Hugging Face Hub ({_reason(error)}): "
+            "check the names, the network and `hf auth login`, or use `profile: demo`, which needs none of them"
         ) from None
+    if config.scheduler:
+        file = folder / "scheduler" / "scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | config.scheduler, indent=2) + "\n")
     return folder
+
+
+def _reason(error: Exception) -> str:
+    missing = isinstance(error, FileNotFoundError) and error.filename
+    return f"it has no {Path(missing).name}" if missing else type(error).__name__

@@ -43,7 +43,10 @@ def test_smoke_is_the_demo_with_fewer_steps() -> None:
             "batch_size 8 is not a multiple of micro_batch 3",
         ),
         (lambda d: d["students"]["koala-700m"].update(mid="shrink"), "students.koala-700m.mid: input should be"),
-        (lambda d: d.update(profile="demos"), "names the profile 'demos': choose one of demo, sdxl, sdxl-24gb, smoke"),
+        (
+            lambda d: d.update(profile="demos"),
+            "names the profile 'demos': choose one of demo, sdxl, sdxl-24gb, sdxl-lightning,",
+        ),
         (lambda d: d.pop("profiles"), "has no section 'profiles'"),
     ],
 )

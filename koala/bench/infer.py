@@ -34,7 +34,7 @@ def bench(
 
     models: students of params.yaml or of koala.unet.reference.RULES; none: all five. size: px; left out, 1024 on a GPU and
     256 on a CPU. dtype: left out, float16 on a GPU and float32 on a CPU. On a GPU each model also runs held to the memory
-    of common cards. Raises KoalaError for a model or a dtype that is none of these, and for a size that U-Net and VAE cannot divide.
+    of common cards. Raises KoalaError for a model or a dtype that is none of these, and for a size that cannot be had.
     """
     rules = {**RULES, **load().students}
     for name in models:

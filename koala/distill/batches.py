@@ -101,12 +101,19 @@ class MicroBatches(Sampler[list[Place]]):
 
 
 class TrainingSet(Dataset[tuple]):
-    """Encoded samples with the noise, timestep and caption dropout of their place in training."""
+    """Encoded samples with the noise, timestep and caption dropout of their place in training.
+
+    Raises KoalaError for timesteps beyond the teacher's `train_timesteps`.
+    """
 
     def __init__(self, data: LatentSet, config: DistillConfig, train_timesteps: int) -> None:
         self._data = data
         self._config = config
         self._timesteps = config.timesteps or tuple(range(train_timesteps))
+        if max(self._timesteps) >= train_timesteps:
+            raise KoalaError(
+                f"distill.timesteps has {max(self._timesteps)}, where the teacher has 0 to {train_timesteps - 1}"
+            )
 
     def __getitem__(self, place: Place) -> tuple:
         step, position, number = place
