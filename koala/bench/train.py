@@ -14,7 +14,7 @@ from koala.console import progress, say
 from koala.requirements import check
 
 OURS = "koala"
-_SWITCHES = ("compile", "channels_last", "gradient_checkpointing")  # what --ablate turns, one by one
+_SWITCHES = ("compile", "channels_last", "gradient_checkpointing", "deterministic")  # what --ablate turns, one by one
 
 
 def bench(

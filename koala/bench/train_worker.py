@@ -36,7 +36,7 @@ def measure(name: str, student: str, profile: str, steps: int, changes: dict[str
     precision = launch_settings(recipe).get("mixed_precision", "no")
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
     half = torch.bfloat16 if precision == "bf16" else torch.float32
-    peak, memory, watch = matmul_peak(half), PeakMemory(), Stopwatch()
+    memory, watch = PeakMemory(), Stopwatch()
     dtype = half if name == runner.PLAIN else getattr(torch, recipe.teacher_dtype)
     models = random_pipeline(params.teacher, accelerator.device, dtype)
     unet = build_student(models.unet, params.student(student)).float()
@@ -66,6 +66,7 @@ def measure(name: str, student: str, profile: str, steps: int, changes: dict[str
             watch.mark("optimizer")
             synchronize()
             seconds.append(time.perf_counter() - begin)
+    most = memory.bytes()
     timed = seconds[_WARM_UP:]
     images = recipe.batch_size * len(timed)
     speed = images / sum(timed)
@@ -77,8 +78,8 @@ def measure(name: str, student: str, profile: str, steps: int, changes: dict[str
         "step_seconds": timed,
         "warm_up_seconds": seconds[:_WARM_UP],
         "flops_per_image": flops,
-        "matmul_flops_per_second": peak,
-        "peak_bytes": memory.bytes(),
+        "matmul_flops_per_second": matmul_peak(half),
+        "peak_bytes": most,
         "seconds_per_image": {part: spent / images for part, spent in watch.seconds().items()},
         "precision": precision,
         "where": describe(),

@@ -54,6 +54,7 @@ class Computation(Section):
     launch: the accelerate configuration file; how many processes and which devices is its matter alone.
     compile: the transformer layers of both U-Nets, one by one (torch.compile).
     ema_offload: keep the moving average in the host's memory between steps.
+    deterministic: on a GPU, kernels whose sums have one order, so that two runs agree to the bit; a CPU's always do.
     """
 
     launch: str
@@ -62,6 +63,7 @@ class Computation(Section):
     compile: bool = False
     channels_last: bool = False
     ema_offload: bool = False
+    deterministic: bool = False
     workers: int = Field(default=0, ge=0, description="processes that load data, for each training process")
     checkpoint_every: int = Field(gt=0, description="steps")
     keep_checkpoints: int = Field(default=2, ge=1)

@@ -6,6 +6,7 @@ norm = learner.update(rate)
 """
 
 import math
+import os
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +29,9 @@ class Learner:
     """
 
     def __init__(self, task: DistillTask, recipe: DistillConfig, accelerator: Accelerator) -> None:
+        if recipe.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the GPU's first product
+            torch.use_deterministic_algorithms(True, warn_only=True)
         self._accelerator = accelerator
         self._recipe = recipe
         self._weights = recipe.weights.model_dump()

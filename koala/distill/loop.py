@@ -245,7 +245,9 @@ def _stop_on_signal() -> _Flag:
 
 
 def _told_to_stop(accelerator: Accelerator, flag: _Flag) -> bool:
-    """Whether any process was: all get the same answer at the same time."""
+    """Whether any process was: all get the same answer at the same time. One alone need not wait for its device."""
+    if accelerator.num_processes == 1:
+        return flag.is_set
     if flag.is_set:
         accelerator.set_trigger()
     return accelerator.check_trigger()

@@ -1,5 +1,6 @@
 """The distillation task: student, frozen teacher and losses in one module, whose forward gives named losses."""
 
+import contextlib
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -54,10 +55,11 @@ class DistillTask(nn.Module):
         A stage's feature term is the sum over its pairs of their mean squared errors.
         """
         noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-        states, pooled = self.text(batch.tokens, batch.keep)
         inputs = (noisy, batch.timesteps)
-        with torch.inference_mode(), self.teacher_features.recording() as taught:
-            expected = _predict(self.teacher, *inputs, states, pooled, batch.time_ids)
+        with _own_dtype(noisy.device):
+            states, pooled = self.text(batch.tokens, batch.keep)
+            with torch.inference_mode(), self.teacher_features.recording() as taught:
+                expected = _predict(self.teacher, *inputs, states, pooled, batch.time_ids)
         with self.student_features.recording() as learnt:
             predicted = _predict(self.student, *inputs, states, pooled, batch.time_ids)
         weight = self._weight(batch.timesteps)
@@ -80,6 +82,13 @@ class DistillTask(nn.Module):
             return None
         ratio = snr(self.scheduler.alphas_cumprod, timesteps)
         return min_snr_weight(ratio, self.config.min_snr_gamma, self.scheduler.config.prediction_type)
+
+
+def _own_dtype(device: torch.device) -> contextlib.AbstractContextManager:
+    """Autocast off: the frozen models compute in the type they have, norms too. Meta tensors have no autocast."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _predict(

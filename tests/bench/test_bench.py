@@ -101,6 +101,7 @@ def test_ablate_turns_one_setting_at_a_time(workspace: Path, monkeypatch: pytest
         ("koala, compile true", {"compile": True, "micro_batch": 4}),
         ("koala, channels_last true", {"channels_last": True, "micro_batch": 4}),
         ("koala, gradient_checkpointing true", {"gradient_checkpointing": True, "micro_batch": 4}),
+        ("koala, deterministic true", {"deterministic": True, "micro_batch": 4}),
     ]
     printed = capsys.readouterr().out
     assert "| plain " in printed and "2.00 x" in printed

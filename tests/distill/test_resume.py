@@ -174,6 +174,17 @@ def test_a_kill_while_saving_leaves_the_checkpoints_before(recipe, tmp_path) -> 
     assert same(weights(work), weights(whole))
 
 
+def test_deterministic_kernels_are_asked_for_before_training(recipe, tmp_path, change_params) -> None:
+    change_params(distill={"deterministic": True, "steps": 1})
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        train(load(), STUDENT, tmp_path, None)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
 def test_only_the_last_checkpoints_are_kept(recipe, tmp_path) -> None:
     tmp_path.joinpath("work").mkdir()
     train(load(), STUDENT, tmp_path / "work", None)

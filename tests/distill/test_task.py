@@ -98,6 +98,25 @@ def test_how_it_is_computed_leaves_the_gradient_as_it_is(distillable, change_par
             torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-6)
 
 
+def test_the_teacher_computes_in_its_own_type(distillable) -> None:
+    """Autocast is the student's: a teacher in float32 stays exact beside it, whose features come in half precision."""
+    task, batch = make()
+    plain = task(batch)
+    seen = {}
+    for name, unet in (("teacher", task.teacher), ("student", task.student)):
+        unet.conv_in.register_forward_hook(lambda _module, _inputs, out, name=name: seen.update({name: out}))
+    expected = []
+    task.teacher.register_forward_hook(lambda _module, _inputs, out: expected.append(out.sample))
+    task(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = task(batch)
+    assert seen["teacher"].dtype == torch.float32 and seen["student"].dtype == torch.bfloat16
+    assert torch.equal(*expected)
+    assert {term.dtype for term in terms.values()} == {torch.float32}
+    for name, term in terms.items():
+        assert term.item() == pytest.approx(plain[name].item(), rel=0.05, abs=1e-3)
+
+
 def gradients(made: tuple[DistillTask, Batch]) -> dict[str, torch.Tensor]:
     task, batch = made
     task.zero_grad()
