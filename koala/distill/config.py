@@ -84,6 +84,7 @@ class DistillConfig(Computation):
     `bk-sdm` (the last feature of every stage), or a list.
     timesteps: those that a few-step teacher was made for; left out: all.
     teacher_dtype: of the teacher's U-Net and text encoders. The student's weights are float32.
+    teacher_float8: the products of the teacher's transformer layers in float8 (koala.distill.float8).
     """
 
     steps: int = Field(gt=0)
@@ -101,6 +102,7 @@ class DistillConfig(Computation):
     timesteps: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
     teacher_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    teacher_float8: bool = False
     seed: int = 0
 
     def learnt(self) -> dict[str, Any]:
@@ -108,7 +110,9 @@ class DistillConfig(Computation):
         return self.model_dump(mode="json", exclude=set(Computation.model_fields))
 
     @model_validator(mode="after")
-    def _divisible(self) -> Self:
+    def _possible(self) -> Self:
+        if self.teacher_float8 and self.teacher_dtype != "bfloat16":
+            raise ValueError("teacher_float8 gives bfloat16: set teacher_dtype to bfloat16")
         if self.batch_size % self.micro_batch:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
         return self

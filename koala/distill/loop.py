@@ -24,7 +24,7 @@ from koala import config as configuration
 from koala.config import Params
 from koala.console import hide_loading_bars, progress, say
 from koala.data.latents import LatentSet
-from koala.distill import batches, checkpoint, history, sharding
+from koala.distill import batches, checkpoint, float8, history, sharding
 from koala.distill.conditioning import TextConditioner
 from koala.distill.config import DistillConfig
 from koala.distill.features import feature_pairs
@@ -187,6 +187,8 @@ def assemble(
     dtype = getattr(torch, recipe.teacher_dtype)
     teacher.to(dtype)
     text.to(dtype)
+    if recipe.teacher_float8:
+        float8.convert(teacher)
     if recipe.channels_last:
         student.to(memory_format=torch.channels_last)
         teacher.to(memory_format=torch.channels_last)
@@ -208,6 +210,8 @@ def _check(recipe: DistillConfig, accelerator: Accelerator, sharded: bool) -> No
         raise KoalaError(
             f"{recipe.launch} asks for fp16, whose range the losses leave: set mixed_precision to bf16 or no"
         )
+    if recipe.teacher_float8:
+        float8.check(accelerator.device)
     if sharded and (recipe.optimizer != "adamw" or recipe.ema_offload):
         raise KoalaError(
             "FSDP2 spreads optimiser and average already: set distill.optimizer to adamw, ema_offload to false"

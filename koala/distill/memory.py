@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from koala.config import Params, load
 from koala.demo.config import LATENT_CHANNELS, TOKENS, TinyTeacherConfig
+from koala.distill import float8
 from koala.distill.batches import Batch
 from koala.distill.conditioning import TextConditioner
 from koala.distill.config import DistillConfig
@@ -81,6 +82,8 @@ def estimate(params: Params, student: str) -> MemoryEstimate:
     shares = int(launch.get("num_processes", 1)) if launch.get("distributed_type") == "FSDP" else 1
     unet, teacher = empty_unet(config), empty_unet(teacher_config)
     teacher.to(getattr(torch, recipe.teacher_dtype))
+    if recipe.teacher_float8:
+        float8.convert(teacher)
     parameters, teacher_bytes = unet.num_parameters() // shares, _size(teacher)
     task = DistillTask(
         unet, teacher, _Text(teacher_config), DDPMScheduler(), feature_pairs(recipe.features, stages), recipe
