@@ -51,6 +51,11 @@ class StageRun:
         now = int(time.time() * 1000)
         self._client.log_batch(self.id, [Metric(name, float(value), now, step) for name, value in values.items()])
 
+    def last_step(self, metric: str) -> int:
+        """The last step that `metric` was logged at; -1 where it was not."""
+        history = self._client.get_metric_history(self.id, metric)
+        return max((point.step for point in history), default=-1)
+
     def tags(self, values: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 

@@ -1,7 +1,7 @@
 """What a person reads of a benchmark: tables that are Markdown, plots; and the raw figures as JSON."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,7 +112,9 @@ def _print(found: dict[str, Any], tables: Sequence[Sequence[Sequence[str]]]) -> 
     print(f"\n{found['where']['device']}; {where}; {found['date']}")
 
 
-def _save(found: dict[str, Any], out: Path | None, plot: Path | None, draw: Any) -> None:
+def _save(
+    found: dict[str, Any], out: Path | None, plot: Path | None, draw: Callable[[dict[str, Any]], "Figure"]
+) -> None:
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n")

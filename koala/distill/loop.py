@@ -76,6 +76,8 @@ def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
             say(f"distill: going on from step {done}")
     if is_main:
         history.truncate(work, done)
+    # After a SIGKILL some steps are done a second time, with the same losses: MLflow knows them already.
+    told = run.last_step("loss/total") if run else done
     latents = LatentSet(params.need("encode"))
     data = batches.load(
         latents,
@@ -133,7 +135,7 @@ def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
                 row = dict(zip((f"loss/{term}" for term in terms), values, strict=True))
                 row |= {"gradient_norm": norm, "learning_rate": rate, "bad_steps": float(bad_steps)}
                 history.append(work, done, row)
-            if run:
+            if run and done > told:
                 now = time.monotonic()
                 speed = (done - clock_step) * recipe.batch_size / max(now - clock, 1e-9)
                 clock, clock_step = now, done

@@ -67,6 +67,42 @@ def test_a_stopped_run_goes_on_in_the_same_run_of_mlflow(distillable: Path, chan
     assert {path.name for path in out.iterdir()} >= {"model_index.json", "unet", "curves.csv", "curves.png"}
 
 
+@pytest.mark.timeout(300)
+def test_a_killed_run_leaves_no_seam_in_mlflow(distillable: Path, change_params) -> None:
+    """SIGKILL to all of it between checkpoints: steps that are done again are not told again."""
+    change_params(
+        distill={
+            "steps": 24,
+            "batch_size": 4,
+            "micro_batch": 4,
+            "checkpoint_every": 10,
+            "log_every": 1,
+            "validate_every": 100,
+        }
+    )
+    work = launch.work_folder(load(), STUDENT)
+    process = start()
+    while not (rows := history.read(work)) or rows[-1]["step"] < 12:
+        assert process.poll() is None
+        time.sleep(0.02)
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family, timeout=30)
+    (run_id,) = (work / "run_id").read_text().split()
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    before = client.get_metric_history(run_id, "loss/total")
+    resumed_from = int(checkpoint.checkpoints(work)[-1].name.removeprefix("step-"))
+    assert resumed_from < max(point.step for point in before)
+
+    process = start()
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0 and f"going on from step {resumed_from}" in said, said
+    after = client.get_metric_history(run_id, "loss/total")
+    assert [point.step for point in after] == list(range(1, 25))
+    assert [point.value for point in after[: len(before)]] == [point.value for point in before]
+
+
 def test_a_gradient_that_stays_non_finite_stops_training_with_the_state_saved(distillable: Path, change_params) -> None:
     change_params(distill={"learning_rate": 1e30, "steps": 50, "max_bad_steps": 2, "checkpoint_every": 1000})
     params = load()
