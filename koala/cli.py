@@ -1,6 +1,5 @@
 """The command `koala`. Commands import what they need when they run, so that `koala --help` answers at once."""
 
-import errno
 import importlib
 import os
 import signal
@@ -10,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from koala.errors import KoalaError
+from koala.errors import DISK_FULL, KoalaError
 
 app = typer.Typer(
     name="koala",
@@ -226,7 +225,7 @@ def main() -> None:
     except KoalaError as error:
         sys.exit(_complain(str(error)))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         where = f" while writing {error.filename}" if error.filename else ""
         sys.exit(

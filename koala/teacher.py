@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from koala.console import say
 from koala.demo.config import TinyTeacherConfig
-from koala.errors import KoalaError
+from koala.errors import DISK_FULL, KoalaError
 from koala.section import Section
 from koala.work import resume_folder
 
@@ -50,7 +50,7 @@ class HubTeacherConfig(Section):
     revision: Revision
     unet: HubPart | None = None
     vae: HubPart | None = None
-    scheduler: dict[str, str | float | bool] = Field(default_factory=dict)
+    scheduler: dict[str, str | int | float | bool] = Field(default_factory=dict)
 
 
 TeacherConfig = Annotated[HubTeacherConfig | TinyTeacherConfig, Field(discriminator="kind")]
@@ -85,7 +85,8 @@ def fetch(config: HubTeacherConfig) -> Path:
     work = resume_folder("teacher", config=config.model_dump())
     folder = work / "pipeline"
     parts = {name: part for name, part in (("unet", config.unet), ("vae", config.vae)) if part}
-    say(f"teacher: {config.repository} at {config.revision[:8]}")
+    source = config.repository
+    say(f"teacher: {source} at {config.revision[:8]}")
     try:
         snapshot_download(
             config.repository,
@@ -95,7 +96,8 @@ def fetch(config: HubTeacherConfig) -> Path:
             ignore_patterns=[*_SECOND_COPIES, *(f"{name}/*.safetensors" for name in parts)],
         )
         for name, part in parts.items():
-            say(f"teacher: its {name} from {part.repository} at {part.revision[:8]}")
+            source = part.repository
+            say(f"teacher: its {name} from {source} at {part.revision[:8]}")
             fetched = work / name
             snapshot_download(
                 part.repository, revision=part.revision, local_dir=fetched, allow_patterns=list(part.files)
@@ -103,8 +105,10 @@ def fetch(config: HubTeacherConfig) -> Path:
             for each in part.files:
                 shutil.copyfile(fetched / each, folder / name / (each if each.endswith(".json") else _WEIGHTS))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
         raise KoalaError(
-            f"cannot fetch the teacher {config.repository} from the Hugging Face Hub ({_reason(error)}): "
+            f"cannot fetch the teacher's {source} from the Hugging Face Hub ({_reason(error)}): "
             "check the names, the network and `hf auth login`, or use `profile: demo`, which needs none of them"
         ) from None
     if config.scheduler:

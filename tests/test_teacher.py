@@ -100,7 +100,8 @@ def teacher(**changes: Any) -> HubTeacherConfig:
 
 
 def test_a_few_step_teacher_is_a_unet_in_anothers_pipeline(hub: type[Hub]) -> None:
-    folder = fetch(teacher(unet=FAST, scheduler={"timestep_spacing": "trailing"}))
+    folder = fetch(teacher(unet=FAST, scheduler={"timestep_spacing": "trailing", "steps_offset": 1}))
+    assert '"steps_offset": 1,' in (folder / "scheduler/scheduler_config.json").read_text()  # a whole number stays one
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     assert (pipeline.unet.conv_in.weight == 0.5).all()
     # Four steps of Euler at the timesteps that such a teacher was made for.
@@ -126,9 +127,12 @@ def test_what_is_there_is_not_fetched_again(hub: type[Hub]) -> None:
     [
         (
             {"repository": "us/nobodys"},
-            r"cannot fetch the teacher us/nobodys from .* \(RepositoryNotFoundError\): check",
+            r"the teacher's us/nobodys from .* \(RepositoryNotFoundError\): check",
         ),
-        ({"unet": {**FAST, "files": ["eight_steps.safetensors"]}}, r"\(it has no eight_steps\.safetensors\): check"),
+        (
+            {"unet": {**FAST, "files": ["eight_steps.safetensors"]}},
+            r"teacher's us/fast .*\(it has no eight_steps\.safetensors\): check",
+        ),
     ],
 )
 def test_what_the_hub_does_not_have_is_one_line(hub: type[Hub], changes: dict[str, Any], line: str) -> None:

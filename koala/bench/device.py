@@ -15,7 +15,6 @@ from koala import pipeline
 _SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices whose product is the peak: large enough to fill the device
 _PRODUCTS = 20
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
-_STATUS = Path("/proc/self/status")
 
 
 def describe() -> dict[str, Any]:
@@ -63,32 +62,37 @@ def synchronize() -> None:
 
 
 class PeakMemory:
-    """Bytes of the most memory held since `start`: of the GPU, all of it; of a CPU, what the process grew by."""
+    """The most memory held at once since `restart`, in bytes: of a GPU all that this process holds, of a CPU what it grew by."""
 
     def __init__(self) -> None:
         self._cuda = torch.cuda.is_available()
-        self._before = 0 if self._cuda else _resident("VmRSS")
+        self._before = _resident("VmRSS")
 
     def restart(self) -> None:
         """Forget the peak of what was only preparation."""
         if self._cuda:
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        elif _STATUS.is_file():
+            return
+        try:
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        except OSError:
+            self._before = None
 
     def bytes(self) -> int | None:
         """None where the system does not tell."""
         if self._cuda:
             return torch.cuda.max_memory_allocated()
-        return _resident("VmHWM") - self._before if _STATUS.is_file() else None
+        most = _resident("VmHWM")
+        return None if most is None or self._before is None else most - self._before
 
 
-def _resident(field: str) -> int:
-    if not _STATUS.is_file():
-        return 0
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+def _resident(field: str) -> int | None:
+    """A figure of Linux's about this process, in bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
 
 
 class Stopwatch:

@@ -13,12 +13,12 @@ from koala.config import load
 from koala.console import progress
 from koala.errors import KoalaError
 from koala.unet.blocks import keep
-from koala.unet.reference import RULES, SDXL
+from koala.unet.reference import RULES, SDXL, VAE_FACTOR
 
 MODELS = ("sdxl", "ssd-1b", "vega", "koala-1b", "koala-700m")
 CARDS_GIB = (8, 11, 24)
 _DTYPES = ("float32", "float16", "bfloat16")
-_VAE_FACTOR, _SMALLEST = 8, 32  # px: of a latent's pixel; what the U-Net's levels divide
+_SMALLEST = 32  # px: what the VAE and the U-Net's levels divide
 
 
 def bench(
@@ -37,7 +37,8 @@ def bench(
     of common cards. Raises KoalaError for a model or a dtype that is none of these, and for a size that cannot be had.
     """
     rules = {**RULES, **load().students}
-    for name in models:
+    names = models or MODELS
+    for name in names:
         if name not in rules:
             raise KoalaError(f"no U-Net {name!r} to measure: choose from {', '.join(rules)}")
     if size is not None and (size < _SMALLEST or size % _SMALLEST):
@@ -52,8 +53,7 @@ def bench(
     cuda = torch.cuda.is_available()
     size = size or (1024 if cuda else 256)
     unets = {
-        name: {**student_config(SDXL, keep(SDXL, rules[name])), "sample_size": size // _VAE_FACTOR}
-        for name in models or MODELS
+        name: {**student_config(SDXL, keep(SDXL, rules[name])), "sample_size": size // VAE_FACTOR} for name in names
     }
     limits = [
         limit for limit in CARDS_GIB if cuda and limit < torch.cuda.get_device_properties(0).total_memory / report.GIB
@@ -65,7 +65,7 @@ def bench(
         "compile": compiled,
     }
     rows = []
-    fits: dict[str, dict[str, bool]] = {name: {} for name in unets}
+    fits: dict[str, dict[str, str]] = {name: {} for name in unets}
     turns = [(name, limit) for name in unets for limit in (None, *limits)]
     for name, limit in progress(turns, "bench infer"):
         figures = runner.run("infer_worker", {"name": name, "unet": unets[name], "limit_gib": limit, **settings})
@@ -73,5 +73,7 @@ def bench(
             parameters = empty_unet(unets[name]).num_parameters()
             rows.append({"name": name, "parameters": parameters, "fits": fits[name], **figures})
         else:
-            fits[name][str(limit)] = figures != runner.OUT_OF_MEMORY
+            fits[name][str(limit)] = (
+                "failed" if "failed" in figures else "no" if figures == runner.OUT_OF_MEMORY else "yes"
+            )
     report.infer(report.document("infer", {**settings, "limits_gib": limits}, rows), out, plot)

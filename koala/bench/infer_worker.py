@@ -14,7 +14,7 @@ from koala.bench.models import random_sdxl, random_tokens
 from koala.distill.capture import compile_layers
 from koala.distill.conditioning import TextConditioner
 from koala.evaluate.latency import step_latency
-from koala.unet.inspect import TEXT_TOKENS
+from koala.unet.reference import TEXT_TOKENS
 
 GUIDANCE = 7.5
 _CONTEXT_GIB = 0.5  # what CUDA takes for itself of a card

@@ -19,7 +19,7 @@ def document(bench: str, settings: dict[str, Any], rows: Sequence[Figures]) -> d
     """All that was measured, with its date, device and versions. Raises KoalaError where no row could be measured."""
     where = next((row["where"] for row in rows if "where" in row), None)
     if where is None:
-        raise KoalaError(f"bench {bench}: nothing fits this device's memory: choose another profile or a smaller size")
+        raise KoalaError(f"bench {bench}: nothing could be measured: choose another profile or a smaller size")
     bare = [{name: value for name, value in row.items() if name != "where"} for row in rows]
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return {"bench": bench, "date": date, "where": where, "settings": settings, "rows": bare}
@@ -36,7 +36,7 @@ def train(found: dict[str, Any], out: Path | None, plot: Path | None) -> None:
     spent = [["ms an image", *parts, "total"]]
     for row in rows:
         if "images_per_second" not in row:
-            speed.append([row["name"], "out of memory", *["-"] * 5])
+            speed.append([row["name"], _why(row), *["-"] * 5])
             continue
         speed.append(
             [
@@ -69,21 +69,32 @@ def infer(found: dict[str, Any], out: Path | None, plot: Path | None) -> None:
     ]
     table[0] += [f"fits {limit}" for limit in limits]
     for row in rows:
-        fits = ["yes" if row["fits"][str(limit)] else "no" for limit in settings["limits_gib"]]
-        cells = ["out of memory", *["-"] * 4]
-        if "step_seconds" in row:
-            cells = [
+        fits = [row["fits"][str(limit)] for limit in settings["limits_gib"]]
+        parameters = f"{row['parameters'] / 1e6:.1f}"
+        if "step_seconds" not in row:
+            table.append([row["name"], parameters, _why(row), *["-"] * 4, *fits])
+            continue
+        table.append(
+            [
+                row["name"],
+                parameters,
                 f"{1000 * row['step_seconds']:.1f}",
                 _ratio(first, row, "step_seconds"),
                 f"{row['generation_seconds']:.2f}",
                 _ratio(first, row, "generation_seconds"),
                 _gib(row["peak_bytes"]),
+                *fits,
             ]
-        table.append([row["name"], f"{row['parameters'] / 1e6:.1f}", *cells, *fits])
+        )
     how = ", layers compiled" if settings["compile"] else ""
     print(f"One picture of {settings['size']} px, guidance (two forward passes a step), {settings['dtype']}{how}")
     _print(found, [table])
     _save(found, out, plot, _infer_figure)
+
+
+def _why(row: Figures) -> str:
+    """What stands in place of figures."""
+    return "out of memory" if row.get("out_of_memory") else f"failed, status {row['failed']}"
 
 
 def _with_range(value: float, rounds: Sequence[float | None]) -> str:

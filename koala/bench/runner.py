@@ -20,14 +20,18 @@ OUT_OF_MEMORY = {"out_of_memory": True}
 
 
 def run(module: str, spec: dict[str, Any]) -> Figures:
-    """Measure `spec` by koala.bench.`module` in a process of its own. Raises KoalaError where it cannot be measured."""
+    """Measure `spec` by koala.bench.`module` in a process of its own.
+
+    Where that fails, what it said stands on stderr and the figures are `{"failed": status}`, so that the other measurements
+    are not lost. Raises KoalaError for what the user can mend.
+    """
     command = [sys.executable, "-m", f"koala.bench.{module}", json.dumps(spec)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode == -signal.SIGKILL:  # the system's way to say that there is no memory left
         return OUT_OF_MEMORY
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
-        raise KoalaError(f"measuring {spec['name']} ended with status {done.returncode}: what it said is above")
+        return {"failed": done.returncode}
     figures: Figures = json.loads(lines[-1])
     if complaint := figures.get("complaint"):
         raise KoalaError(complaint)
@@ -35,9 +39,9 @@ def run(module: str, spec: dict[str, Any]) -> Figures:
 
 
 def median(runs: Sequence[Figures], by: str) -> Figures:
-    """Of several runs of one measurement the one whose figure `by` is the median; out of memory, if each was."""
+    """Of several runs of one measurement the one whose figure `by` is the median, the lower of two; the last, if none has it."""
     measured = sorted((run for run in runs if by in run), key=lambda run: run[by])
-    return measured[len(measured) // 2] if measured else OUT_OF_MEMORY
+    return measured[(len(measured) - 1) // 2] if measured else runs[-1]
 
 
 def answer(measure: Callable[..., Figures]) -> None:

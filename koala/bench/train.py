@@ -34,7 +34,11 @@ def bench(
     check(params.profile, params.requires, "bench")
     variants: dict[str, dict[str, Any]] = {runner.PLAIN: {}, OURS: {}}
     if ablate:
-        for switch in _SWITCHES:
+        from koala import pipeline
+        from koala.distill import float8
+
+        able = params.distill.teacher_dtype == "bfloat16" and float8.possible(pipeline.device())
+        for switch in (*_SWITCHES, *(["teacher_float8"] if able else [])):
             value = not getattr(params.distill, switch)
             variants[f"{OURS}, {switch} {str(value).lower()}"] = {switch: value}
     runs: dict[str, list[runner.Figures]] = {name: [] for name in variants}
@@ -48,7 +52,8 @@ def bench(
             figures = runner.run("train_worker", {**spec, "changes": changes})
             if figures != runner.OUT_OF_MEMORY or micro_batch[name] == 1:
                 break
-            micro_batch[name] //= 2
+            smaller = range(1, micro_batch[name])
+            micro_batch[name] = max(size for size in smaller if params.distill.batch_size % size == 0)
             say(f"bench train: {name} is out of memory; trying with micro_batch {micro_batch[name]}")
         runs[name].append(figures)
     rows = [{"name": name, **runner.median(found, "images_per_second")} for name, found in runs.items()]

@@ -19,7 +19,7 @@ from koala.distill import batches
 from koala.distill.conditioning import TextConditioner
 from koala.distill.config import DistillConfig
 from koala.distill.learner import Learner
-from koala.distill.loop import assemble
+from koala.distill.loop import assemble, check
 from koala.distill.memory import launch_settings
 from koala.distill.optimizer import learning_rate
 from koala.unet.blocks import Stage, keep
@@ -35,6 +35,7 @@ def measure(name: str, student: str, profile: str, steps: int, changes: dict[str
     recipe = params.distill.model_copy(update={**changes, "steps": _WARM_UP + steps})
     precision = launch_settings(recipe).get("mixed_precision", "no")
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
+    check(recipe, accelerator, sharded=False)
     half = torch.bfloat16 if precision == "bf16" else torch.float32
     memory, watch = PeakMemory(), Stopwatch()
     dtype = half if name == runner.PLAIN else getattr(torch, recipe.teacher_dtype)

@@ -1,4 +1,4 @@
-"""The teacher's transformer layers with their products in float8: half the memory, and twice the rate where a GPU has it.
+"""The teacher's transformer layers with their products in float8: half their memory, and a GPU's highest rate.
 
 Weights are scaled by output channel when they are turned, inputs by token as they come; norms, attention, convolutions and
 what the product gives stay in bfloat16. GPUs have it from compute capability 8.9 (Ada, Hopper); a CPU computes the same.
@@ -60,9 +60,14 @@ def convert(teacher: UNet2DConditionModel) -> None:
                 setattr(block.get_submodule(parent), name, Float8Linear(linear))
 
 
+def possible(device: torch.device) -> bool:
+    """Whether the device multiplies float8."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= CAPABILITY
+
+
 def check(device: torch.device) -> None:
     """Raises KoalaError for a GPU that does not multiply float8."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
+    if not possible(device):
         raise KoalaError(
             f"distill.teacher_float8 needs a GPU of compute capability {'.'.join(map(str, CAPABILITY))} or more "
             f"(Ada, Hopper); {torch.cuda.get_device_name(device)} is older: set it to false"

@@ -31,7 +31,7 @@ class Learner:
     def __init__(self, task: DistillTask, recipe: DistillConfig, accelerator: Accelerator) -> None:
         if recipe.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the GPU's first product
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.use_deterministic_algorithms(True)  # to warn only would leave attention as it is
         self._accelerator = accelerator
         self._recipe = recipe
         self._weights = recipe.weights.model_dump()

@@ -57,7 +57,7 @@ def train(params: Params, name: str, work: Path, run: StageRun | None) -> None:
     )
     is_main, sharded = accelerator.is_main_process, sharding.asked()
     stopping = _stop_on_signal()
-    _check(recipe, accelerator, sharded)
+    check(recipe, accelerator, sharded)
 
     # Student, teacher and losses; the optimiser; the moving average of the student, which is what will be released.
     teacher = StableDiffusionXLPipeline.from_pretrained(
@@ -207,7 +207,8 @@ def released(student: UNet2DConditionModel, average: EMAModel | None) -> UNet2DC
     return unet.eval()
 
 
-def _check(recipe: DistillConfig, accelerator: Accelerator, sharded: bool) -> None:
+def check(recipe: DistillConfig, accelerator: Accelerator, sharded: bool) -> None:
+    """Raises KoalaError for what this machine, or the way of launching, cannot do of the recipe."""
     if accelerator.mixed_precision == "fp16":
         raise KoalaError(
             f"{recipe.launch} asks for fp16, whose range the losses leave: set mixed_precision to bf16 or no"

@@ -36,13 +36,13 @@ from koala.distill.task import DistillTask
 from koala.errors import KoalaError
 from koala.unet.blocks import keep
 from koala.unet.build import empty_unet, student_config
+from koala.unet.reference import TEXT_TOKENS, VAE_FACTOR
 
 GIB = 2**30
 CARDS = (8, 11, 16, 24, 32, 40, 48, 80, 141)
 """Memory of common cards, GiB."""
 
 SDXL_TEXT_PARAMETERS = 123_060_480 + 694_659_840  # CLIP-L and OpenCLIP bigG
-_VAE_FACTOR, _TEXT_TOKENS = 8, 77  # SDXL's
 _MOMENTS = {"adamw": 8.0, "adamw-8bit": 2.0 + 2 * 4 / 256}  # bytes a parameter; of 8 bits, a scale for each 256
 
 
@@ -224,7 +224,7 @@ class _Text(TextConditioner):
 
 def _batch(params: Params, recipe: DistillConfig) -> Batch:
     height, width = max(params.encode.buckets, key=lambda bucket: bucket[0] * bucket[1])
-    factor, length = _VAE_FACTOR, _TEXT_TOKENS
+    factor, length = VAE_FACTOR, TEXT_TOKENS
     if isinstance(params.teacher, TinyTeacherConfig):
         factor, length = 2 ** (len(params.teacher.vae_channels) - 1), TOKENS
     size, meta = recipe.micro_batch, torch.device("meta")

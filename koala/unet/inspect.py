@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from koala.errors import KoalaError
 from koala.unet.blocks import keep, teacher_stages
 from koala.unet.build import empty_unet, student_config
-from koala.unet.reference import RULES, SDXL
+from koala.unet.reference import RULES, SDXL, TEXT_TOKENS, VAE_FACTOR
 from koala.unet.weights import check, weight_map
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 OTHER = "other"
 """What belongs to no stage: the first and last convolution, the embeddings of time, size and crop."""
-
-VAE_FACTOR = 8  # pixels of the image a pixel of SDXL's latents
-TEXT_TOKENS = 77
 
 
 @dataclass(frozen=True)

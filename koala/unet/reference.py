@@ -28,6 +28,9 @@ SDXL: Mapping[str, Any] = MappingProxyType(
     }
 )
 
+VAE_FACTOR = 8  # pixels of the image for a pixel of SDXL's latents, a side
+TEXT_TOKENS = 77
+
 # BK-Base: the rule of BK-SDM (arXiv 2305.15798), which KOALA starts from. SSD-1B and Vega: Segmind (arXiv 2401.02677).
 RULES: Mapping[str, StudentRule] = MappingProxyType(
     {

@@ -1,4 +1,6 @@
-"""A teacher in float8: near its bfloat16 self, through compile, checkpoints and processes, and half as large."""
+"""A teacher in float8: near its bfloat16 self, compiled or not, half as large, and what a student is trained by."""
+
+import shutil
 
 import pytest
 import torch
@@ -7,10 +9,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from koala.config import load
-from koala.distill import float8
+from koala.distill import checkpoint, float8, history
 from koala.distill.capture import compile_layers
 from koala.distill.config import DistillConfig
 from koala.distill.float8 import Float8Linear
+from koala.distill.loop import train
 from koala.distill.memory import estimate
 from koala.errors import KoalaError
 
@@ -80,6 +83,33 @@ def test_it_needs_bfloat16() -> None:
     recipe = {"launch": "x", "steps": 1, "batch_size": 1, "micro_batch": 1, "learning_rate": 1, "checkpoint_every": 1}
     with pytest.raises(ValidationError, match="set teacher_dtype to bfloat16"):
         DistillConfig(**recipe, validate_every=1, teacher_float8=True)
+
+
+def test_a_student_is_trained_by_it_and_goes_on(distillable, change_params, tmp_path) -> None:
+    recipe = {"teacher_dtype": "bfloat16", "steps": 4, "checkpoint_every": 2, "log_every": 1, "validate_every": 100}
+    curves = {}
+    for name, turned in (("plain", False), ("turned", True), ("cut", True)):
+        change_params(distill={**recipe, "teacher_float8": turned})
+        work = tmp_path / name
+        work.mkdir()
+        train(load(), "koala-700m", work, None)
+        if name == "cut":
+            shutil.rmtree(work / "unet")
+            shutil.rmtree(checkpoint.checkpoints(work)[-1])
+            train(load(), "koala-700m", work, None)
+        curves[name] = history.read(work)
+    assert curves["cut"] == curves["turned"]
+    for plain, turned in zip(curves["plain"], curves["turned"], strict=True):
+        assert plain["loss/output"] != turned["loss/output"]
+        assert turned["loss/output"] == pytest.approx(plain["loss/output"], rel=0.05)
+
+
+def test_training_does_not_start_where_it_cannot_run(distillable, change_params, tmp_path, monkeypatch) -> None:
+    change_params(distill={"teacher_dtype": "bfloat16", "teacher_float8": True})
+    monkeypatch.setattr(float8, "possible", lambda _: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
+    with pytest.raises(KoalaError, match="A100 is older"):
+        train(load(), "koala-700m", tmp_path, None)
 
 
 def test_an_older_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
