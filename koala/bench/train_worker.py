@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,23 @@ from koala.unet.inspect import inspect
 _WARM_UP = 2  # steps: compilation, the first sight of each shape
 
 
+@dataclass(frozen=True)
+class _Setup:
+    """What both recipes are made of. size: px; folder: for encoded samples."""
+
+    models: StableDiffusionXLPipeline
+    student: UNet2DConditionModel
+    stages: Sequence[Stage]
+    recipe: DistillConfig
+    accelerator: Accelerator
+    size: int
+    folder: Path
+
+
+_Prepared = tuple[Any, Iterator[Iterator[Any]]]
+"""A learner with koala.distill.learner.Learner's two halves of a step, and for every step its micro-batches."""
+
+
 def measure(name: str, student: str, profile: str, steps: int, changes: dict[str, Any]) -> runner.Figures:
     """One variant's figures, in this process. changes: of the profile's recipe."""
     params = load(profile=profile)
@@ -50,7 +68,8 @@ def measure(name: str, student: str, profile: str, steps: int, changes: dict[str
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         prepare = _plain if name == runner.PLAIN else _ours
-        learner, data = prepare(models, unet, stages, recipe, accelerator, size, Path(folder) / "encode")
+        # Nothing here keeps what the recipe does not: ours lets go of the VAE.
+        learner, data = prepare(_Setup(models, unet, stages, recipe, accelerator, size, Path(folder) / "encode"))
         del models, unet
         for step, micro_batches in enumerate(data):
             if step == _WARM_UP:
@@ -87,48 +106,31 @@ def measure(name: str, student: str, profile: str, steps: int, changes: dict[str
     }
 
 
-Prepared = tuple[Any, Iterator[Iterator[Any]]]
-"""A learner with koala.distill.learner.Learner's two halves of a step, and for every step its micro-batches."""
+def _plain(setup: _Setup) -> _Prepared:
+    blocks = [stage.path for stage in setup.stages]
+    models, device = setup.models, setup.accelerator.device
+    learner = plain.PlainLearner(models, setup.student, blocks, setup.recipe, device, half=models.unet.dtype)
+    return learner, plain.load(models.text_encoder.config, setup.size, setup.recipe)
 
 
-def _plain(
-    models: StableDiffusionXLPipeline,
-    student: UNet2DConditionModel,
-    stages: Sequence[Stage],
-    recipe: DistillConfig,
-    accelerator: Accelerator,
-    size: int,
-    _folder: Path,
-) -> Prepared:
-    blocks = [stage.path for stage in stages]
-    half = models.unet.dtype
-    learner = plain.PlainLearner(models, student, blocks, recipe, accelerator.device, half)
-    return learner, plain.load(models.text_encoder.config, size, recipe)
-
-
-def _ours(
-    models: StableDiffusionXLPipeline,
-    student: UNet2DConditionModel,
-    stages: Sequence[Stage],
-    recipe: DistillConfig,
-    accelerator: Accelerator,
-    size: int,
-    folder: Path,
-) -> Prepared:
-    random_latents(folder, {(size, size): 2 * recipe.batch_size}, models.vae_scale_factor)
+def _ours(setup: _Setup) -> _Prepared:
+    models, recipe = setup.models, setup.recipe
+    buckets = {(setup.size, setup.size): 2 * recipe.batch_size}
+    random_latents(setup.folder, buckets, models.vae_scale_factor)
     tokens = models.text_encoder.config
-    task = assemble(student, models.unet, TextConditioner(models), models.scheduler.config, stages, recipe)
+    text = TextConditioner(models)
+    task = assemble(setup.student, models.unet, text, models.scheduler.config, setup.stages, recipe)
     data = batches.load(
-        LatentSet(folder),
+        LatentSet(setup.folder),
         recipe,
         lambda captions: random_tokens(tokens, len(captions)),
         task.scheduler.config.num_train_timesteps,
         rank=0,
         processes=1,
         start=0,
-        device=accelerator.device,
+        device=setup.accelerator.device,
     )
-    return Learner(task, recipe, accelerator), data
+    return Learner(task, recipe, setup.accelerator), data
 
 
 if __name__ == "__main__":
