@@ -55,7 +55,7 @@ def train(found: dict[str, Any], out: Path | None, plot: Path | None) -> None:
     flops, size = first["flops_per_image"] / 1e12, first["size"]
     print(f"Distilling {settings['student']} at profile {settings['profile']}, {size} px: {flops:.4g} TFLOP an image")
     _print(found, [speed, spent])
-    print(f"matmul peak: {peak / 1e12:.4g} TFLOP/s, precision {first['precision']}; {settings['rounds']} rounds")
+    print(f"matmul peak: {peak / 1e12:.4g} TFLOP/s, precision {first['precision']}; rounds: {settings['rounds']}")
     _save(found, out, plot, _train_figure)
 
 
