@@ -215,16 +215,18 @@ def test_a_stopwatch_gives_time_to_names() -> None:
 
     watch, module = Stopwatch(), Slow()
     watch.around(module, "before", "slow")
+    begin = time.perf_counter()
     for _ in range(2):
         time.sleep(0.1)  # belongs to nothing
         watch.start()
         time.sleep(0.02)
         module()
         watch.mark("after")
+    whole = time.perf_counter() - begin
     found = watch.seconds()
     assert list(found) == ["before", "slow", "after"]
-    assert found["slow"] == pytest.approx(0.1, abs=0.03) and found["before"] == pytest.approx(0.04, abs=0.03)
-    assert found["after"] < 0.03
+    assert found["slow"] >= 0.1 and found["before"] >= 0.04 > found["after"]
+    assert sum(found.values()) <= whole - 0.2
 
 
 def test_peak_memory_is_what_was_held_at_once() -> None:
