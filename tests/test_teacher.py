@@ -2,9 +2,8 @@
 
 import json
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +62,8 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(workspace: Path, tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+def hub(workspace: Path, tmp_path: Path, tiny_teacher: Path, as_hub: Callable[[type[Hub]], None]) -> type[Hub]:
     """`us/sdxl`, a whole pipeline; `us/fast`, a U-Net alone, under a name of its own, and what must not be fetched."""
-    from huggingface_hub import constants
-
     root = tmp_path / "hub"
     shutil.copytree(tiny_teacher, root / "us/sdxl")
     (root / "us/sdxl/unet/pytorch_model.bin").write_bytes(b"a pickle")
@@ -79,17 +76,8 @@ def hub(workspace: Path, tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest
     (root / "us/fast/run_me.py").write_text("raise SystemExit")
 
     handler = type("Handler", (Hub,), {"root": root, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield handler
-    server.shutdown()
-    server.server_close()
+    as_hub(handler)
+    return handler
 
 
 FAST = {"repository": "us/fast", "revision": REVISION, "files": ["four_steps.safetensors"]}

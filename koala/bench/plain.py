@@ -6,7 +6,7 @@ student in float32 under autocast, the frozen models in half precision, AdamW an
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -55,7 +55,7 @@ class PlainLearner:
         self._optimizer = torch.optim.AdamW(self._parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         self._average = EMAModel(self._parameters, decay=recipe.ema_decay) if recipe.ema_decay else None
 
-    def _keep(self, name: str, block: str):  # type: ignore[no-untyped-def]
+    def _keep(self, name: str, block: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
             self._found[name][block] = output[0] if isinstance(output, tuple) else output
 

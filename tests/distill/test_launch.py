@@ -25,25 +25,24 @@ def start() -> subprocess.Popen[str]:
     return subprocess.Popen([KOALA, "distill", STUDENT], env=environment, text=True, stderr=subprocess.PIPE)
 
 
+def wait_for(step: int, process: subprocess.Popen[str], work: Path) -> None:
+    """Until the history shows a step."""
+    while not (rows := history.read(work)) or rows[-1]["step"] < step:
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+RECIPE = {"batch_size": 4, "micro_batch": 4, "log_every": 1}
+
+
 @pytest.mark.timeout(300)
 def test_a_stopped_run_goes_on_in_the_same_run_of_mlflow(distillable: Path, change_params) -> None:
     """SIGTERM to the stage's process alone: it saves, leaves nothing behind, and the next run has no seam."""
-    change_params(
-        distill={
-            "steps": 40,
-            "batch_size": 4,
-            "micro_batch": 4,
-            "checkpoint_every": 1000,
-            "log_every": 1,
-            "validate_every": 20,
-        }
-    )
+    change_params(distill={**RECIPE, "steps": 40, "checkpoint_every": 1000, "validate_every": 20})
     params = load()
     work = launch.work_folder(params, STUDENT)
     process = start()
-    while not (rows := history.read(work)) or rows[-1]["step"] < 3:
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for(3, process, work)
     children = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     assert process.wait(30) not in (0, 2)
@@ -70,21 +69,10 @@ def test_a_stopped_run_goes_on_in_the_same_run_of_mlflow(distillable: Path, chan
 @pytest.mark.timeout(300)
 def test_a_killed_run_leaves_no_seam_in_mlflow(distillable: Path, change_params) -> None:
     """SIGKILL to all of it between checkpoints: steps that are done again are not told again."""
-    change_params(
-        distill={
-            "steps": 24,
-            "batch_size": 4,
-            "micro_batch": 4,
-            "checkpoint_every": 10,
-            "log_every": 1,
-            "validate_every": 100,
-        }
-    )
+    change_params(distill={**RECIPE, "steps": 24, "checkpoint_every": 10, "validate_every": 100})
     work = launch.work_folder(load(), STUDENT)
     process = start()
-    while not (rows := history.read(work)) or rows[-1]["step"] < 12:
-        assert process.poll() is None
-        time.sleep(0.02)
+    wait_for(12, process, work)
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         member.kill()
