@@ -3,12 +3,14 @@
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
-STUDENTS ?= koala-700m koala-1b
+STUDENTS ?=
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
 export PATH := $(BIN):$(PATH)
-# Nothing here tells anyone anything.
+# Disable telemetry in every tool.
 export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := true
 export HF_HUB_DISABLE_TELEMETRY := true
@@ -18,27 +20,30 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve repro test lint format clean
+.PHONY: help install demo serve repro test test-fast lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed ## make .venv from requirements.lock, if it is missing or older
 
-# torch first, with what its build for this machine needs (a CUDA build brings libraries of its own). The lock names every
-# other package, so nothing more is resolved: `dataclasses`, a backport that img2dataset asks for, would hide the
-# standard library's from Prefect's server.
+# uv installs in seconds what takes pip minutes; it looks where pip is told to look. torch comes first, with what its build for
+# this machine needs (a CUDA build brings its own libraries). The lock names every other package, so nothing more is resolved:
+# `dataclasses`, a backport that img2dataset asks for, would hide the standard library's from Prefect's server.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 $(VENV)/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
 		{ echo "make: $(PYTHON) is not Python 3.11 or 3.12: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@echo "Installing the locked packages into $(VENV): some gigabytes, a few minutes, once."
+	@echo "Installing the locked packages into $(VENV): some gigabytes, about a minute, once."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c requirements.lock "$$(grep '^torch==' requirements.lock)"
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements.lock
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^uv==' requirements.lock)"
+	$(UV) -c requirements.lock "$$(grep '^torch==' requirements.lock)"
+	$(UV) --no-deps -r requirements.lock
+	$(UV) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: install ## the whole pipeline for both students at the demo profile, on a CPU
+demo: install ## the whole pipeline for all students at the demo profile, on a CPU (STUDENTS=... for some)
 	@env -u PREFECT_API_URL -u PREFECT_API_KEY $(BIN)/python -m flows.distill --profile demo $(STUDENTS)
 
 serve: install ## Prefect (server, worker, deployments) and MLflow's UI on loopback (PREFECT_PORT=4200 MLFLOW_PORT=5000)
@@ -48,7 +53,10 @@ repro: install ## the pipeline by DVC alone, at the profile that params.yaml nam
 	@$(BIN)/dvc repro
 
 test: lint ## all checks and all tests
-	$(BIN)/python -m pytest
+	$(PYTEST) -n 2 --dist loadgroup
+
+test-fast: install ## the tests that start no process of their own
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow"
 
 lint: install ## style, types, spelling
 	$(BIN)/ruff check

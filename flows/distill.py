@@ -8,8 +8,8 @@ keeps no cache and no result, since DVC is the cache: a stage that is up to date
 """
 
 import argparse
+import atexit
 import json
-import logging
 import os
 import signal
 import sys
@@ -27,33 +27,55 @@ from prefect.runtime import flow_run as current
 from prefect.states import Completed, Failed
 from prefect.tasks import Task
 
-from flows.report import make_artifacts, print_report
+from flows.lost import close_lost_runs, label
+from flows.report import make_artifacts, show_report
 from flows.repro import clean_up, reproduce
-from flows.stages import PipelineError, Stage, pipeline, profile
+from flows.services import HOME, Service, ServiceError, free_port, prefect_server
+from flows.stages import LAST_STAGE, PipelineError, Stage, machine, pipeline, profile
 from koala import tracking
+from koala.console import say
+from koala.provenance import git_commit
 
 RETRY_DELAYS = [10.0, 60.0]
 
 
-class StageFailed(Exception):
-    """A stage failed. Its text is one line: the stage, and what it said last."""
+class StageError(Exception):
+    """A stage failed. Its text is one line: the stage, and the last line of its output."""
+
+
+def run_name() -> str:
+    """Name the current flow run after its student and the commit: `distill koala-700m 1a2b3c4`."""
+    return _name(current.get_parameters()["student"])
+
+
+def _name(student: str) -> str:
+    commit, _, dirty = (git_commit() or "").partition("-")
+    return " ".join(filter(None, ["distill", student, commit[:7] + (f"-{dirty}" if dirty else "")]))
 
 
 def after_the_end(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """The hook for a run that was cancelled or that died; the worker runs it, since the run's own process is gone."""
+    """Clean up after a run that was cancelled or that died. The worker calls it, since the run's own process is gone."""
     clean_up(str(flow_run.id))
 
 
-@flow(name="distill", on_cancellation=[after_the_end], on_crashed=[after_the_end], persist_result=False)
+@flow(
+    name="distill",
+    flow_run_name=run_name,
+    on_cancellation=[after_the_end],
+    on_crashed=[after_the_end],
+    persist_result=False,
+)
 def distill(student: str) -> State[Any]:
     """Bring a student's release up to date with the code, the parameters and the data."""
     flow_run = str(current.get_id())
+    label(flow_run)
     try:
-        stages = pipeline(f"publish@{student}")
-        with tracking.flow_run(f"koala-{profile()}", f"distill {student}", flow_run) as run:
+        stages = pipeline(f"{LAST_STAGE}@{student}")
+        params = {"student": student, "profile": profile(), "machine": machine(), "commit": git_commit() or "unknown"}
+        with tracking.flow_run(f"koala-{profile()}", _name(student), flow_run, params) as run:
             _run_all(stages, flow_run, run.id)
             make_artifacts(student, stages, run)
-    except (PipelineError, StageFailed) as error:
+    except (PipelineError, StageError) as error:
         return Failed(message=str(error))  # one line, where an exception would bring a traceback
     return Completed(message=f"{student} is up to date")
 
@@ -64,27 +86,27 @@ def _run_all(stages: list[Stage], flow_run: str, parent_run: str) -> None:
         upstream = [done[name] for name in stage.upstream]
         state = stage_task(stage)(stage.name, flow_run, parent_run, wait_for=upstream, return_state=True)
         if not state.is_completed():
-            raise StageFailed(f"{stage.name}: {state.message}")
+            raise StageError(f"{stage.name}: {state.message}")
         done[stage.name] = state
 
 
-def worth_another_try(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Not after a signal, which someone sent, nor after an error that the user must mend."""
+def worth_a_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Return False after a signal, which someone sent, and after an error that the user must fix."""
     return state.name == "Failed"
 
 
-@task(cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=worth_another_try)
+@task(cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=worth_a_retry)
 def run_stage(stage: str, flow_run: str, parent_run: str) -> State[Any]:
     """Run one stage by DVC, its output in the run's log."""
     outcome = reproduce(stage, flow_run, parent_run, show=get_run_logger().info)
     if outcome.status == 0:
         return Completed()
-    name = "Stopped" if outcome.stopped else "Refused" if outcome.mendable else "Failed"
+    name = "Stopped" if outcome.stopped else "Refused" if outcome.fixable else "Failed"
     return Failed(name=name, message=outcome.complaint)
 
 
 def stage_task(stage: Stage) -> Task[..., Any]:
-    """The task of a stage: named after it, tried again as often as dvc.yaml says."""
+    """Return a stage's task: named after it, retried as often as dvc.yaml says."""
     return run_stage.with_options(
         name=stage.name, task_run_name=stage.name, retries=stage.retries, retry_delay_seconds=RETRY_DELAYS
     )
@@ -94,52 +116,67 @@ def stage_task(stage: Stage) -> Task[..., Any]:
 
 
 def main() -> int:
-    """Run the flow for each student, one after another, and say what came out. Exit status 2: something must be mended."""
+    """Run the flow for each student, one after another, and show the results. Exit status 2: the user must fix something."""
     parser = argparse.ArgumentParser(prog="python -m flows.distill", description=distill.description)
     parser.add_argument("students", nargs="+", metavar="STUDENT", help="a student of params.yaml, such as koala-700m")
     parser.add_argument("--profile", help="refuse to run unless params.yaml names this profile")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leave by the way that cleans up
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # leave by the way that cleans up
     try:
-        pipelines = {student: pipeline(f"publish@{student}") for student in arguments.students}
+        pipelines = {student: pipeline(f"{LAST_STAGE}@{student}") for student in arguments.students}
         if arguments.profile not in (None, profile()):
-            return _complain(
-                f"params.yaml says `profile: {profile()}`: this wants `profile: {arguments.profile}` there"
-            )
+            return _refuse(f"params.yaml says `profile: {profile()}`: this wants `profile: {arguments.profile}` there")
         with _server():
+            close_lost_runs(distill.name)
             for student in pipelines:
                 state = distill(student, return_state=True)
                 if not state.is_completed():
-                    return _complain(f"{state.message}")
-    except PipelineError as error:
-        return _complain(str(error))
+                    return _refuse(f"{state.message}")
+    except (PipelineError, ServiceError) as error:
+        return _refuse(str(error))
     except KeyboardInterrupt:
-        return _complain("stopped: the same command goes on from where it was")
-    logging.getLogger("prefect").setLevel(logging.WARNING)  # that the temporary server stops need not be the last word
+        return _refuse("stopped: run the same command again to resume")
     for student, stages in pipelines.items():
-        print_report(student, stages)
-    print("See all runs: make serve, then http://127.0.0.1:4200 (Prefect) and http://127.0.0.1:5000 (MLflow)")
+        show_report(student, stages)
+    runs = tracking.experiment_page(f"koala-{profile()}")
+    say(f"See all runs: make serve, then http://127.0.0.1:4200/runs (Prefect) and {runs} (MLflow)")
     return 0
 
 
-def _complain(line: str) -> int:
-    print(f"distill: {line}", file=sys.stderr)
+def _refuse(line: str) -> int:
+    say(f"distill: {line}")
     return 2
 
 
 @contextmanager
 def _server() -> Iterator[None]:
-    """The Prefect server that keeps the runs: one that is up already, or a temporary one over the same database."""
+    """Use the Prefect server that is up already, or a temporary one over the same database.
+
+    Prefect would start a temporary server by itself, but one that survives a SIGKILL of this process.
+    """
     if "PREFECT_API_URL" in os.environ or _is_served(settings.get_current_settings()):
         yield
-    else:
-        temporary = {settings.PREFECT_API_URL: None, settings.PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True}
-        with settings.temporary_settings(temporary):
-            yield
+        return
+    port = free_port()
+    say(f"Starting a temporary Prefect server; its log is {HOME}/server.log")
+    server = prefect_server(port)
+    # Registered before Prefect's own functions, and so called after them: they send the last lines of the logs.
+    atexit.register(_end, server)
+    server.wait_until(f"http://127.0.0.1:{port}/api/health")
+    with settings.temporary_settings({settings.PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}):
+        yield
+
+
+def _end(server: Service) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    server.end()
 
 
 def _is_served(ours: settings.Settings) -> bool:
-    """Whether `make serve` of this very checkout is up: SQLite serves one server, so a second would get in its way."""
+    """Return whether `make serve` of this checkout is up. SQLite serves one server, so a second would be in its way."""
     try:
         with urlopen(f"{ours.api.url}/admin/settings", timeout=2) as answer:
             return Path(json.load(answer)["home"]) == ours.home.resolve()

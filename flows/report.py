@@ -1,32 +1,51 @@
-"""What a flow run leaves for people to see: Prefect's artifacts, and the last lines on the console."""
+"""What a flow run leaves for people to see: Prefect's artifacts, MLflow's headline figures, the last lines on the console."""
 
+import json
 from pathlib import Path
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
 
-from flows.stages import Stage
+from flows.stages import LAST_STAGE, Stage
 from koala import tracking
+from koala.console import show
+
+GRID = Path("plots", "grid.png")
+
+
+def headline(metrics: Path) -> dict[str, float]:
+    """Return the student's own figures from evaluation's metrics.json, and those that compare it with its teacher."""
+    document = json.loads(metrics.read_text())
+    # The models' figures are mappings; the comparisons stand beside them.
+    figures = {**document["after"], **{name: value for name, value in document.items() if not isinstance(value, dict)}}
+    return {name: float(value) for name, value in tracking.flatten(figures).items() if isinstance(value, int | float)}
 
 
 def make_artifacts(student: str, stages: list[Stage], run: tracking.StageRun) -> None:
-    """The summary, the picture grid, where the release and the MLflow run are. Their keys stay the same from run to run."""
+    """Make the summary, the image grid, and links to the release and to the MLflow run.
+
+    Their keys stay the same from run to run, so that Prefect keeps their history. The flow's MLflow run takes the headline
+    figures, so that two flows compare by ticking their rows.
+    """
     evaluation, release = _evaluation(student, stages), _release(student, stages)
-    for name in ("summary.md", "grid.png"):
+    figures = headline(evaluation / "metrics.json")
+    run.metrics(figures)
+    tracking.choose_columns(run.id, figures, ["student", "machine"])
+    for name in ("summary.md", GRID):
         run.artifact(evaluation / name)
     create_markdown_artifact(
         key=f"{student}-summary",
         description=f"{student} beside its teacher and beside itself before distillation",
         markdown=(evaluation / "summary.md").read_text(),
     )
-    # Prefect shows a picture by its address, and MLflow gives one to each file of a run.
+    # Prefect shows an image by its address, and MLflow gives one to each file of a run.
     create_image_artifact(
         key=f"{student}-grid",
         description="The same prompts and seeds: the teacher, the student before distillation, the student after",
-        image_url=tracking.artifact_address(run.id, "grid.png"),
+        image_url=tracking.artifact_address(run.id, GRID.name),
     )
     create_link_artifact(
         key=f"{student}-mlflow",
-        description="Parameters, metrics and pictures of every stage",
+        description="Parameters, metrics and images of every stage",
         link=tracking.run_page(run.id),
         link_text="MLflow run",
     )
@@ -38,21 +57,21 @@ def make_artifacts(student: str, stages: list[Stage], run: tracking.StageRun) ->
     )
 
 
-def print_report(student: str, stages: list[Stage]) -> None:
-    """The summary as a table, and where the pictures and the release are."""
+def show_report(student: str, stages: list[Stage]) -> None:
+    """Show the summary as a table, and where the images and the release are."""
     evaluation = _evaluation(student, stages)
-    print(f"\n{student}\n\n{(evaluation / 'summary.txt').read_text()}")
-    print(f"Pictures: {evaluation / 'grid.png'}")
-    print(f"Release:  {_release(student, stages)}")
+    show(f"\n{student}\n\n{(evaluation / 'summary.txt').read_text()}")
+    show(f"Images:  {evaluation / GRID}")
+    show(f"Release: {_release(student, stages)}")
 
 
 def _evaluation(student: str, stages: list[Stage]) -> Path:
-    return _out(f"evaluate@{student}", stages)
+    return _folder(f"evaluate@{student}", stages)
 
 
 def _release(student: str, stages: list[Stage]) -> Path:
-    return _out(f"publish@{student}", stages) / "release"
+    return _folder(f"{LAST_STAGE}@{student}", stages)
 
 
-def _out(name: str, stages: list[Stage]) -> Path:
-    return next(stage.outs[0] for stage in stages if stage.name == name)
+def _folder(name: str, stages: list[Stage]) -> Path:
+    return next(stage.folder for stage in stages if stage.name == name)

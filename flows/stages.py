@@ -3,27 +3,39 @@
 dvc.yaml owns the graph. This is the one place that asks DVC for it.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
+import yaml
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
 
+LAST_STAGE = "publish"
+"""The stage that a student's flow brings up to date, with all that it needs."""
+
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as DVC knows it. `upstream` names the stages that give what it reads; `outs` are paths from the project's root.
-
-    `retries` is what the stage's `meta` in dvc.yaml says: how often to try again a stage that uses the network.
-    """
+    """A stage as DVC knows it."""
 
     name: str
     upstream: tuple[str, ...]
+    """The stages that make what it reads."""
     outs: tuple[Path, ...]
+    """Paths from the project's root."""
     retries: int
+    """How often to retry a stage that uses the network: `retries` in the stage's `meta` in dvc.yaml."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds what the stage makes: its only out, or the parent that its outs share."""
+        return Path(os.path.commonpath(self.outs))
 
 
 class PipelineError(Exception):
@@ -31,16 +43,29 @@ class PipelineError(Exception):
 
 
 def pipeline(target: str) -> list[Stage]:
-    """The stage `target` of the current directory's DVC project and all that it needs, each one after what it needs.
+    """Return the stage `target` of the current directory's DVC project and all that it needs, each after what it needs.
 
     Stages that could run in either order keep that of dvc.yaml. Raises PipelineError.
     """
+    with _repo() as repo:
+        return _pipeline(repo, target)
+
+
+def students() -> list[str]:
+    """Return the students of the current directory's DVC project, in dvc.yaml's order. Raises PipelineError."""
+    with _repo() as repo:
+        names = [stage.addressing.partition("@") for stage in repo.index.stages]
+    return [student for stage, _, student in names if stage == LAST_STAGE and student]
+
+
+@contextmanager
+def _repo() -> Iterator["Repo"]:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     try:
         with Repo() as repo:
-            return _pipeline(repo, target)
+            yield repo
     except DvcException as error:
         raise PipelineError(f"{' '.join(str(error).split())}: `dvc stage list` says more") from None
 
@@ -65,7 +90,15 @@ def _pipeline(repo: "Repo", target: str) -> list[Stage]:
 
 
 def profile() -> str:
-    """The profile that params.yaml names."""
-    from dvc.api import params_show
+    """Return the profile that params.yaml names."""
+    return str(_params()["profile"])
 
-    return str(params_show("params.yaml")["profile"])
+
+def machine() -> str:
+    """Return the machine that KOALA_MACHINE names, or params.yaml; empty where neither does."""
+    return os.environ.get("KOALA_MACHINE") or str(_params().get("machine") or "")
+
+
+def _params() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(Path("params.yaml").read_text())
+    return found

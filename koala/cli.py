@@ -1,6 +1,5 @@
 """The command `koala`. Commands import what they need when they run, so that `koala --help` answers at once."""
 
-import importlib
 import os
 import signal
 import sys
@@ -11,13 +10,15 @@ import typer
 
 from koala.errors import DISK_FULL, KoalaError
 
+STAGES, TOOLS = "Stages", "Tools"
+
 app = typer.Typer(
     name="koala",
     help="Distil SDXL-class text-to-image models into small, fast students.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
 
 # Libraries that look for updates, send usage data, or warn of what does not concern the user.
@@ -29,149 +30,204 @@ QUIET = {
 }
 
 StudentName = Annotated[str, typer.Argument(metavar="STUDENT", help="a student of params.yaml, such as koala-700m")]
+ProfileName = Annotated[str | None, typer.Option("--profile", help="in place of params.yaml's")]
+MachineName = Annotated[str | None, typer.Option("--machine", help="in place of params.yaml's")]
 
 
-def _run_stage(stage: str, module: str, student: str | None = None) -> None:
-    from koala import config, requirements, tracking
-
-    params = config.load()
-    requirements.check(params.profile, params.requires, stage)
-    if student is not None:
-        params.student(student)
-    code = importlib.import_module(module)
-    arguments = [student] if student else []
-    # A stage whose work may be cut for hours says where it is kept, so that it goes on in the same run of MLflow.
-    work = code.work_folder(params, *arguments) if hasattr(code, "work_folder") else None
-    with tracking.stage_run(params, stage, student, work) as run:
-        code.run(params, run, *arguments)
-
-
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def source() -> None:
-    """Make the URL table."""
-    _run_stage("source", "koala.data.source")
+    """Make the table of URLs and captions."""
+    from koala.runner import prepare
+
+    job = prepare("source")
+    from koala.data.source import source as stage
+
+    job.run(stage)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def download() -> None:
     """Fetch the table's images into webdataset shards."""
-    _run_stage("download", "koala.data.download")
+    from koala.runner import prepare
+
+    job = prepare("download")
+    from koala.data.download import download as stage
+
+    job.run(stage)
 
 
-@app.command("filter")
+@app.command("filter", rich_help_panel=STAGES)
 def filter_() -> None:
-    """Keep the samples that are worth training on; say why the others went."""
-    _run_stage("filter", "koala.data.filter")
+    """Keep samples worth training on; report why others go."""
+    from koala.runner import prepare
+
+    job = prepare("filter")
+    from koala.data.filter import filter as stage
+
+    job.run(stage)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def teacher() -> None:
-    """Get the teacher: from the Hub, or trained here."""
-    _run_stage("teacher", "koala.teacher")
+    """Fetch the teacher, or train the demo's."""
+    from koala.runner import prepare
+
+    job = prepare("teacher")
+    from koala.teacher.teacher import teacher as stage
+
+    job.run(stage)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def encode() -> None:
-    """Turn kept images into latents of the teacher's VAE."""
-    _run_stage("encode", "koala.data.encode")
+    """Encode kept images into latents of the teacher's VAE."""
+    from koala.runner import prepare
+
+    job = prepare("encode")
+    from koala.data.encode import encode as stage
+
+    job.run(stage)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
+def reference() -> None:
+    """Generate the teacher's images of the prompts."""
+    from koala.runner import prepare
+
+    job = prepare("reference")
+    from koala.evaluate.reference import reference as stage
+
+    job.run(stage)
+
+
+@app.command(rich_help_panel=STAGES)
 def student(name: StudentName) -> None:
-    """Build a student by its rule, with weights from the teacher."""
-    _run_stage("student", "koala.unet.build", name)
+    """Build a student by its rule from the teacher's weights."""
+    from koala.runner import prepare
+
+    job = prepare("student", name)
+    from koala.unet.student import student as stage
+
+    job.run(stage)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def distill(
     name: StudentName,
     machine_rank: Annotated[
-        int, typer.Option(min=0, help="of several machines: 0 for the one that runs the stage, 1, 2, ... for helpers")
+        int, typer.Option(min=0, help="of several machines: 0 runs the stage, 1, 2, ... help it")
     ] = 0,
 ) -> None:
-    """Distil the teacher into a student; goes on where it was stopped."""
-    if machine_rank == 0:
-        _run_stage("distill", "koala.distill.launch", name)
+    """Distil the teacher into a student; resumes if interrupted."""
+    from koala.runner import prepare
+
+    job = prepare("distill", name)
+    if machine_rank:
+        job.help(machine_rank)
         return
-    from koala import config, requirements
-    from koala.distill.launch import join
+    from koala.distill.distill import distill as stage
 
-    params = config.load()
-    requirements.check(params.profile, params.requires, "distill")
-    params.student(name)
-    join(params, name, machine_rank)
+    job.run(stage)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def evaluate(name: StudentName) -> None:
-    """Measure a student beside its teacher and beside itself before distillation."""
-    _run_stage("evaluate", "koala.evaluate.stage", name)
+    """Measure a student beside its teacher."""
+    from koala.runner import prepare
+
+    job = prepare("evaluate", name)
+    from koala.evaluate.evaluate import evaluate as stage
+
+    job.run(stage)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def publish(name: StudentName) -> None:
     """Release a student that passes the gate."""
-    _run_stage("publish", "koala.publish.stage", name)
+    from koala.runner import prepare
+
+    job = prepare("publish", name)
+    from koala.publish.publish import publish as stage
+
+    job.run(stage)
 
 
-@app.command("serve-shapes")
+@app.command(rich_help_panel=TOOLS)
+def generate(
+    model: Annotated[str, typer.Argument(help="a model folder, a .safetensors file, or owner/name of the Hub")],
+    prompt: str,
+    seed: Annotated[int, typer.Option(help="of the first image")] = 0,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="images")] = 4,
+    compare: Annotated[list[str] | None, typer.Option(help="another model beside it; may be repeated")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="sampling steps")] = 25,
+    guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance scale")] = 3.5,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; left out: float16 on a GPU, float32 on a CPU")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="the grid's file")] = Path("generated.png"),
+) -> None:
+    """Generate images with one model, or several side by side."""
+    from koala.evaluate.config import SamplingConfig
+    from koala.generate import generate_grid
+
+    sampling = SamplingConfig(steps=steps, guidance=guidance)
+    generate_grid([model, *(compare or [])], prompt, seed, count, sampling, dtype, out)
+
+
+@app.command(rich_help_panel=TOOLS)
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="a student of params.yaml, sdxl, bk-base, ssd-1b, vega, or a model folder")
+    ],
+    size: Annotated[int, typer.Option(min=64, help="side of the image, px")] = 1024,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON only")] = False,
+    plot: Annotated[Path | None, typer.Option(help="write a bar plot to this PNG file")] = None,
+    training: Annotated[bool, typer.Option("--training", help="instead: the memory that distilling it takes")] = False,
+    profile: ProfileName = None,
+    machine: MachineName = None,
+) -> None:
+    """Count a U-Net's parameters and FLOPs beside SDXL's."""
+    from koala import inspect as command
+
+    if training:
+        command.inspect_training(model, profile, machine, as_json)
+    else:
+        command.inspect(model, size, as_json, plot)
+
+
+@app.command(rich_help_panel=TOOLS)
+def params(
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of params.yaml")] = False,
+) -> None:
+    """Check params.yaml, or print its JSON schema."""
+    import json
+
+    from koala import params as parameters
+    from koala.console import show
+
+    if schema:
+        show(json.dumps(parameters.schema(), indent=2))
+        return
+    loaded = parameters.load()
+    show(f"params.yaml is valid: profile {loaded.profile}, machine {loaded.machine}, {', '.join(loaded.students)}")
+
+
+@app.command("serve-shapes", rich_help_panel=TOOLS)
 def serve_shapes(
     port: Annotated[int, typer.Option(help="on 127.0.0.1")] = 8765,
-    seed: Annotated[int, typer.Option(help="of the pictures, as in source.seed")] = 0,
+    seed: Annotated[int, typer.Option(help="of the images, as in source.seed")] = 0,
 ) -> None:
-    """Serve the demo's pictures on loopback, with the faults of the real web."""
+    """Serve the demo's images on loopback, faults included."""
     from koala.demo.server import serve
 
     serve(port=port, seed=seed)
 
 
-@app.command()
-def generate(
-    model: Annotated[str, typer.Argument(help="a model folder, a .safetensors file, or owner/name of the Hub")],
-    prompt: str,
-    seed: Annotated[int, typer.Option(help="of the first picture")] = 0,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="pictures")] = 4,
-    compare: Annotated[list[str] | None, typer.Option(help="another model to draw beside it; may be repeated")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="sampling steps")] = 25,
-    guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance scale")] = 3.5,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
-    out: Annotated[Path, typer.Option(help="the grid's file")] = Path("generated.png"),
-) -> None:
-    """Draw a prompt with a model, or with several side by side, as a grid."""
-    from koala import generate as command
-
-    command.generate([model, *(compare or [])], prompt, seed, count, steps, guidance, dtype, out)
-
-
-@app.command()
-def inspect(
-    model: Annotated[
-        str, typer.Argument(help="a student of params.yaml, sdxl, bk-base, ssd-1b, vega, or a model folder")
-    ],
-    size: Annotated[int, typer.Option(min=64, help="side of the picture, px")] = 1024,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON alone")] = False,
-    plot: Annotated[Path | None, typer.Option(help="write a bar plot to this PNG file")] = None,
-    training: Annotated[bool, typer.Option("--training", help="instead: the memory that distilling it takes")] = False,
-    profile: Annotated[
-        str | None, typer.Option(help="whose settings --training takes; left out: params.yaml's")
-    ] = None,
-) -> None:
-    """Parameters, FLOPs and attention layers of each stage of a U-Net beside SDXL's; nothing is downloaded."""
-    if training:
-        from koala.distill import memory
-
-        memory.show(model, profile, as_json)
-        return
-    from koala.unet.inspect import show
-
-    show(model, size, as_json, plot)
-
-
 Out = Annotated[Path | None, typer.Option(help="write the raw figures to this JSON file")]
 Plot = Annotated[Path | None, typer.Option(help="write a plot to this PNG file")]
 
-bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine, on random weights.")
-app.add_typer(bench, name="bench")
+bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on random weights.")
+app.add_typer(bench, name="bench", rich_help_panel=TOOLS)
 
 
 @bench.command("train")
@@ -180,18 +236,19 @@ def bench_train(
     profile: Annotated[
         str | None, typer.Option(help="whose recipe; left out: sdxl on a CUDA GPU, demo on a CPU")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="optimiser steps that are timed, after two that are not")] = 6,
+    machine: MachineName = None,
+    steps: Annotated[int, typer.Option(min=1, help="optimizer steps that are timed, after four that are not")] = 6,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="how often each recipe is measured; left out: 1 on a GPU, 3 on a CPU")
+        int | None, typer.Option(min=1, help="measurements of each recipe; left out: 1 on a GPU, 3 on a CPU")
     ] = None,
     ablate: Annotated[bool, typer.Option("--ablate", help="also ours with one setting turned at a time")] = False,
     out: Out = None,
     plot: Plot = None,
 ) -> None:
-    """Distillation's speed, memory and where the time goes: ours beside the plain recipe."""
+    """Measure distillation: ours beside the plain recipe."""
     from koala.bench.train import bench
 
-    bench(name, profile, steps, rounds, ablate, out, plot)
+    bench(name, profile, machine, steps, rounds, ablate, out, plot)
 
 
 @bench.command("infer")
@@ -200,7 +257,7 @@ def bench_infer(
         list[str] | None, typer.Argument(metavar="[U-NET]...", help="students, or sdxl, ssd-1b, vega; none: all five")
     ] = None,
     size: Annotated[
-        int | None, typer.Option(help="side of the picture, px; left out: 1024 on a GPU, 256 on a CPU")
+        int | None, typer.Option(help="side of the image, px; left out: 1024 on a GPU, 256 on a CPU")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="of a generation")] = 25,
     dtype: Annotated[str | None, typer.Option(help="left out: float16 on a GPU, float32 on a CPU; or bfloat16")] = None,
@@ -208,14 +265,14 @@ def bench_infer(
     out: Out = None,
     plot: Plot = None,
 ) -> None:
-    """Latency and memory of drawing: SDXL's U-Net beside its students'."""
+    """Measure generation: SDXL's U-Net beside its students'."""
     from koala.bench.infer import bench
 
     bench(models or [], size, steps, dtype, compiled, out, plot)
 
 
 def main() -> None:
-    """Entry point: an error that the user can mend is one line on stderr and exit status 2."""
+    """Run the command. An error that the user can fix is one line on stderr and exit status 2."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     # An exit, not a sudden end: what is open (a run of MLflow) is closed on the way out.
@@ -234,5 +291,5 @@ def main() -> None:
 
 
 def _complain(line: str) -> int:
-    print(f"koala: {' '.join(line.split())}", file=sys.stderr)
+    sys.stderr.write(f"koala: {' '.join(line.split())}\n")
     return 2

@@ -1,4 +1,4 @@
-"""What a person sees of long work: a progress bar in a terminal, a line now and then in a log, each with an estimate."""
+"""Progress of long-running work (a bar in a terminal, a periodic line in a log, both with an ETA), and output."""
 
 import sys
 import time
@@ -12,10 +12,10 @@ _BAR_WIDTH = 24
 
 
 def progress(items: Iterable[T], label: str, total: int | None = None, done: int = 0) -> Iterator[T]:
-    """Yield `items` and show how far they are.
+    """Yield `items` and show how many are done.
 
-    `done` of `total` are behind us already (resumed work): they count in the share, not in the estimate.
-    Everything goes to stderr, so that stdout stays what the command gives.
+    `done` of `total` were finished by an earlier, interrupted run: they count in the share, not in the ETA.
+    Everything goes to stderr, so that stdout holds only what the command gives.
     """
     if total is None:
         total = done + len(items)  # type: ignore[arg-type]
@@ -67,12 +67,19 @@ def _minutes(seconds: float) -> str:
 
 
 def say(line: str) -> None:
-    """One line of news to stderr, at once."""
-    print(line, file=sys.stderr, flush=True)
+    """Write one line of news to stderr and flush it."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def show(text: str) -> None:
+    """Write what a command gives to stdout, with a newline, and flush it."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def hide_loading_bars() -> None:
-    """No bars for reading and writing model files: they take moments, and would bury the progress that matters."""
+    """Turn off the bars of diffusers and transformers: reading a model takes moments and would bury our own progress."""
     import diffusers.utils.logging
     import transformers.utils.logging
 

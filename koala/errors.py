@@ -1,13 +1,13 @@
-"""The one kind of error that a user can mend."""
+"""The one kind of error that a user can fix."""
 
 import errno
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What `koala` says in a line of its own."""
+"""errno values reported as "the disk is full" instead of a traceback."""
 
 
 class KoalaError(Exception):
-    """Something that the user can mend. Its text is one line: what is wrong, and what to do.
+    """An error that the user can fix. Its text is one line: what is wrong, and what to do.
 
-    `koala` prints it without a traceback and leaves with exit status 2.
+    `koala` prints it without a traceback and exits with status 2.
     """

@@ -1,18 +1,20 @@
-"""Where a thing came from: the commit, the data's hash, the run. What makes a release traceable back to its parameters."""
+"""Where an artifact came from: the commit, and a hash of what its folder holds."""
 
 import hashlib
+import json
+import sqlite3
 import subprocess
+from contextlib import closing
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-import yaml
-
-LOCK = Path("dvc.lock")
+FILE = "provenance.json"
 
 
 @cache
 def git_commit() -> str | None:
-    """The checkout's commit, with `-dirty` behind it where tracked files were changed; None outside a git checkout."""
+    """Return the checkout's commit, with `-dirty` behind it where tracked files differ; None outside a git checkout."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
@@ -25,30 +27,40 @@ def git_commit() -> str | None:
     return described.stdout.strip()
 
 
-def data_hash(folder: Path) -> str:
-    """A hash of what a folder holds, the one that DVC knows it by where DVC made it.
+def content_hash(folder: Path, known: Path) -> str:
+    """Return the SHA-256 of a folder's files and their names, without its provenance.json.
 
-    DVC's hash of an out stands in dvc.lock as soon as its stage ends, so that hundreds of gigabytes are not read again.
-    Without it (a stage run by hand), the files' contents are hashed.
+    `known` is a database of file hashes. A file whose inode, size and modification time stand there is not read again,
+    so that hundreds of gigabytes are read once. The provenance is left out because it names the run: the same content
+    made twice has the same hash.
     """
-    return _locked_hash(folder) or _content_hash(folder)
-
-
-def _locked_hash(folder: Path) -> str | None:
-    if not LOCK.is_file():
-        return None
-    stages = (yaml.safe_load(LOCK.read_text()) or {}).get("stages", {})
-    for stage in stages.values():
-        for out in stage.get("outs", ()):
-            if out["path"] == folder.as_posix():
-                return str(out["md5"])
-    return None
-
-
-def _content_hash(folder: Path) -> str:
+    known.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(file.relative_to(folder).as_posix().encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    with closing(sqlite3.connect(known, timeout=60, isolation_level=None)) as database:
+        database.execute("CREATE TABLE IF NOT EXISTS files (identity TEXT PRIMARY KEY, sha256 TEXT)")
+        for file in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / FILE):
+            digest.update(f"{file.relative_to(folder).as_posix()}\0{_file_hash(file, database)}\n".encode())
     return digest.hexdigest()
+
+
+def _file_hash(file: Path, database: sqlite3.Connection) -> str:
+    status = file.stat()
+    identity = f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+    if row := database.execute("SELECT sha256 FROM files WHERE identity = ?", (identity,)).fetchone():
+        return str(row[0])
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    database.execute("INSERT OR REPLACE INTO files VALUES (?, ?)", (identity, found))
+    return found
+
+
+def write(folder: Path, values: dict[str, Any]) -> None:
+    """Write provenance.json into an artifact."""
+    (folder / FILE).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Return an artifact's provenance; empty for a folder that no stage made."""
+    file = folder / FILE
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return found

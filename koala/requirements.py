@@ -5,13 +5,13 @@ from collections.abc import Iterable
 
 from koala.errors import KoalaError
 
-# The stages that fetch: a machine that only trains needs no way to the Hub.
+# Stages that fetch: a machine that only trains needs no access to the Hub.
 _FETCHING = ("source", "teacher")
 _SECONDS = 5
 
 
 def check(profile: str, requires: Iterable[str], stage: str) -> None:
-    """Raises KoalaError, in one line, with all that is missing and what to do."""
+    """Raise KoalaError, in one line, with all that is missing and what to do."""
     missing = []
     if "cuda" in requires and not _has_cuda():
         missing.append("a CUDA GPU (none is visible to torch)")

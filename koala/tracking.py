@@ -1,131 +1,168 @@
-"""MLflow: an experiment a profile, a parent run a flow, a child run a stage.
+"""MLflow: one experiment a profile, one parent run a flow, one child run a stage.
 
 The store is `sqlite:///mlflow.db` unless MLFLOW_TRACKING_URI names another. A flow passes its run to the stages in
 KOALA_PARENT_RUN, and its own id in KOALA_FLOW_RUN. Links lead to http://127.0.0.1:5000 unless KOALA_MLFLOW_UI names another.
+
+Every run is tagged with the process that carries it. A process that was killed by SIGKILL cannot close its run: the next
+process on the same host does.
 """
 
+import json
 import logging
 import os
+import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from koala.provenance import data_hash, git_commit
+import psutil
+
+from koala.provenance import git_commit
+from koala.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
     from PIL.Image import Image
 
-    from koala.config import Params
-
 PARENT_RUN = "KOALA_PARENT_RUN"
+"""Environment variable with the id of the flow's MLflow run."""
 FLOW_RUN = "KOALA_FLOW_RUN"
+"""Environment variable with the id of the flow run in Prefect."""
 UI = "KOALA_MLFLOW_UI"
+"""Environment variable with the address of MLflow's UI."""
 
 # MLflow reads it when it is imported, which is later.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-_LONGEST_PARAM = 6000  # MLflow's own limit, in characters
+_RUN_ID = "run_id"  # file in a work folder
+_LONGEST_PARAM = 6000  # MLflow's limit, in characters
+_MOST_PARAMS = 100  # MLflow's limit for one request
+# MLflow's UI has a view for language models and one for training, and opens the former unless told otherwise.
+_TRAINING_VIEW = "workflowType=machine_learning"
+_TRAINING_KIND = {"mlflow.experimentKind": "custom_model_development"}
+# A view that MLflow's UI keeps in a tag of the experiment, and that an address can name. Seen to work with MLflow 3.17.
+_VIEW = "koala"
+_VIEW_TAG = f"mlflow.sharedViewState.{_VIEW}"
+# psutil derives a start time from the time of boot, which can move by a second when the clock is set.
+_SAME_START_SECONDS = 2.0
 
 
-class StageRun:
-    """What a stage tells MLflow: one run, by its id. Only one process of a distributed stage writes to it."""
+class StageRun(Run):
+    """One MLflow run, by its id. Only one process of a distributed stage writes to it."""
 
     def __init__(self, run_id: str) -> None:
+        """Write to the run `run_id`, which exists."""
         self.id = run_id
         self._client = _client()
 
-    def params(self, values: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
-
-        params = [Param(name, str(value)[:_LONGEST_PARAM]) for name, value in values.items()]
-        self._client.log_batch(self.id, params=params)
-
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Log numbers at a step."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         self._client.log_batch(self.id, [Metric(name, float(value), now, step) for name, value in values.items()])
 
     def last_step(self, metric: str) -> int:
-        """The last step that `metric` was logged at; -1 where it was not."""
+        """Return the last step at which `metric` was logged, or -1."""
         history = self._client.get_metric_history(self.id, metric)
         return max((point.step for point in history), default=-1)
 
     def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags."""
         from mlflow.entities import RunTag
 
         self._client.log_batch(self.id, tags=[RunTag(name, value) for name, value in values.items()])
 
     def image(self, image: "Image", key: str, step: int) -> None:
+        """Log an image under a key; images of one key are a series over steps."""
         self._client.log_image(self.id, image, key=key, step=step, synchronous=True)
 
     def figure(self, figure: "Figure", name: str) -> None:
+        """Log a plot as a file called `name`."""
         self._client.log_figure(self.id, figure, name)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Log a file, or all files of a folder."""
         (self._client.log_artifacts if path.is_dir() else self._client.log_artifact)(self.id, str(path), folder)
 
 
 @contextmanager
-def stage_run(params: "Params", stage: str, student: str | None = None, work: Path | None = None) -> Iterator[StageRun]:
-    """Open a stage's run in the profile's experiment, with its parameters and provenance; close it as it ended.
+def stage_run(
+    experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str], work: Path
+) -> Iterator[StageRun]:
+    """Open a stage's run, a child of the flow's run if a flow started it; close it as the block ended.
 
-    work: the stage's resume folder, where it has one. The run's id is kept there, so that work which was cut and goes on
-    goes on in the same run and its curves have no seam.
+    params: nested mappings are flattened, `{"distill": {"steps": 5}}` to `distill.steps`.
+    work: the stage's folder of unfinished work. It keeps the run's id, so that interrupted work resumes in the same run
+        and its curves have no seam. A run that finished, or that logged other params, is not reopened: the new run names it
+        in its tag `continues`.
     """
-    values = flatten({stage: getattr(params, stage).model_dump()}) if stage in type(params).model_fields else {}
-    tags = {"stage": stage, "profile": params.profile}
-    if student:
-        values |= flatten({"rule": params.student(student).model_dump()})
-        tags["student"] = student
-    resumed = _kept_run(work)
-    name = f"{stage}@{student}" if student else stage
-    with _open(f"koala-{params.profile}", name, tags, os.environ.get(PARENT_RUN), resumed) as run:
-        if work:
-            (work / "run_id").write_text(run.id)
-        if not resumed:
-            run.params(values)
+    values = _as_logged(params)
+    kept = _kept_run(work)
+    resumes = kept and kept.info.status != "FINISHED" and kept.data.params == values
+    all_tags = {**tags}
+    if parent := os.environ.get(PARENT_RUN):
+        all_tags["mlflow.parentRunId"] = parent
+    if flow_run := os.environ.get(FLOW_RUN):
+        all_tags["flow_run"] = flow_run
+    if kept and not resumes:
+        all_tags["continues"] = kept.info.run_id
+    with _open(experiment, name, values, all_tags, kept.info.run_id if resumes else None) as run:
+        partial = work / f"{_RUN_ID}.partial"
+        partial.write_text(run.id)
+        partial.replace(work / _RUN_ID)
         yield run
 
 
 @contextmanager
-def flow_run(experiment: str, name: str, flow_run_id: str) -> Iterator[StageRun]:
-    """Open a flow's run, the parent of its stages' runs; close it as it ended."""
-    with _open(experiment, name, {"flow_run": flow_run_id}, parent=None) as run:
+def flow_run(
+    experiment: str, name: str, flow_run_id: str, params: Mapping[str, Any] | None = None
+) -> Iterator[StageRun]:
+    """Open a flow's run, the parent of its stages' runs; close it as the block ended."""
+    with _open(experiment, name, _as_logged(params or {}), {"flow_run": flow_run_id}) as run:
         yield run
 
 
 @contextmanager
 def _open(
-    experiment: str, name: str, tags: Mapping[str, str], parent: str | None, resumed: str | None = None
+    experiment: str, name: str, params: Mapping[str, str], tags: Mapping[str, str], resumed: str | None = None
 ) -> Iterator[StageRun]:
     client = _client()
-    tags = {"commit": git_commit() or "unknown", **tags}
-    if parent:
-        tags["mlflow.parentRunId"] = parent
-    if flow_run := os.environ.get(FLOW_RUN):
-        tags.setdefault("flow_run", flow_run)
+    close_lost_runs()
+    tags = {"commit": git_commit() or "unknown", **this_process(), **tags}
     if resumed:
-        run_id = resumed
-        client.update_run(run_id, status="RUNNING")
-        for tag, value in tags.items():
-            client.set_tag(run_id, tag, value)
+        run = StageRun(resumed)
+        run.tags(tags)  # before the status: a run that counts as running names its process
+        client.update_run(run.id, status="RUNNING")
     else:
-        run_id = client.create_run(_experiment(client, experiment), tags=tags, run_name=name).info.run_id
+        run = StageRun(client.create_run(_experiment(client, experiment), tags=tags, run_name=name).info.run_id)
+        _log_params(client, run.id, params)
     status = "KILLED"
     try:
-        yield StageRun(run_id)
+        yield run
         status = "FINISHED"
     except Exception:
         status = "FAILED"
         raise
     finally:
-        client.set_terminated(run_id, status)
+        client.set_terminated(run.id, status)
+
+
+def _as_logged(params: Mapping[str, Any]) -> dict[str, str]:
+    """Return params flat, as the strings that MLflow gives back."""
+    return {name: str(value)[:_LONGEST_PARAM] for name, value in flatten(params).items()}
+
+
+def _log_params(client: "MlflowClient", run_id: str, params: Mapping[str, str]) -> None:
+    from mlflow.entities import Param
+
+    entities = [Param(name, value) for name, value in params.items()]
+    for first in range(0, len(entities), _MOST_PARAMS):
+        client.log_batch(run_id, params=entities[first : first + _MOST_PARAMS])
 
 
 def _client() -> "MlflowClient":
@@ -137,64 +174,115 @@ def _client() -> "MlflowClient":
 
 
 def _experiment(client: "MlflowClient", name: str) -> str:
+    """Return the id of an experiment, which is created if it does not exist."""
     from mlflow.exceptions import MlflowException
 
     if found := client.get_experiment_by_name(name):
-        return found.experiment_id
+        return str(found.experiment_id)
     try:
-        # The kind keeps MLflow's UI from taking the experiment for one of language models.
-        return client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"})
+        return str(client.create_experiment(name, tags=_TRAINING_KIND))
     except MlflowException:
-        # Another stage made it just now, or it cannot be made: then this fails with the reason.
+        # Another stage created it just now, or it cannot be created: then this fails with the reason.
         if found := client.get_experiment_by_name(name):
-            return found.experiment_id
+            return str(found.experiment_id)
         raise
 
 
-def _kept_run(work: Path | None) -> str | None:
-    """The run that earlier, unfinished work in this folder was tracked by, if MLflow still has it."""
+def _kept_run(work: Path) -> Any:
+    """Return the MLflow run that earlier work in this folder was logged to, or None if MLflow no longer has it."""
     from mlflow.exceptions import MlflowException
 
-    if not work or not (work / "run_id").is_file():
+    if not (work / _RUN_ID).is_file():
         return None
     try:
-        return _client().get_run((work / "run_id").read_text().strip()).info.run_id
+        run = _client().get_run((work / _RUN_ID).read_text().strip())
     except MlflowException:
         return None
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+# Runs whose process is gone.
+
+
+def this_process() -> dict[str, str]:
+    """Return tags that name this process on its host. A pid alone is used again by later processes."""
+    started = psutil.Process().create_time()
+    return {"process.host": socket.gethostname(), "process.pid": str(os.getpid()), "process.started": f"{started:.2f}"}
+
+
+def is_gone(tags: Mapping[str, Any]) -> bool:
+    """Return whether the process that `this_process` named no longer runs; False for a process of another host."""
+    if tags.get("process.host") != socket.gethostname():
+        return False
+    try:
+        process = psutil.Process(int(tags["process.pid"]))
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        return bool(abs(process.create_time() - float(tags["process.started"])) > _SAME_START_SECONDS)
+    except psutil.NoSuchProcess:
+        return True
+    except (KeyError, ValueError, psutil.AccessDenied):
+        return False
+
+
+def close_lost_runs() -> None:
+    """Mark as killed every running run of this host and store whose process is gone."""
+    for run in _running(f"tags.`process.host` = '{socket.gethostname()}'"):
+        if is_gone(run.data.tags):
+            _client().set_terminated(run.info.run_id, "KILLED")
 
 
 def close_runs(flow_run_id: str) -> None:
-    """Mark as killed what a flow and its stages left open: after a SIGKILL nobody else can."""
+    """Mark as killed what a flow that is over, and its stages, left running."""
+    for run in _running(f"tags.flow_run = '{flow_run_id}'"):
+        _client().set_terminated(run.info.run_id, "KILLED")
+
+
+def _running(condition: str) -> list[Any]:
     client = _client()
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    unfinished = f"tags.flow_run = '{flow_run_id}' and attributes.status = 'RUNNING'"
-    for run in client.search_runs(experiments, unfinished):
-        client.set_terminated(run.info.run_id, "KILLED")
+    return list(client.search_runs(experiments, f"{condition} and attributes.status = 'RUNNING'"))
+
+
+# Addresses.
+
+
+def choose_columns(run_id: str, metrics: Iterable[str], params: Iterable[str]) -> None:
+    """Have `experiment_page` show these columns of an experiment's runs; MLflow's table shows none unless told to."""
+    columns = [*(f"metrics.`{name}`" for name in metrics), *(f"params.`{name}`" for name in params)]
+    client = _client()
+    experiment = client.get_run(run_id).info.experiment_id
+    client.set_experiment_tag(experiment, _VIEW_TAG, json.dumps({"selectedColumns": columns}))
+
+
+def experiment_page(experiment: str) -> str:
+    """Return the address of an experiment's runs in MLflow's UI, in its view for training."""
+    found = _client().get_experiment_by_name(experiment)
+    if not found:
+        return f"{_ui()}/#/experiments?{_TRAINING_VIEW}"
+    view = f"&viewStateShareKey={_VIEW}" if _VIEW_TAG in found.tags else ""
+    return f"{_ui()}/#/experiments/{found.experiment_id}/runs?{_TRAINING_VIEW}{view}"
 
 
 def run_page(run_id: str) -> str:
-    """Where MLflow's UI shows a run."""
-    return f"{_ui()}/#/experiments/{_client().get_run(run_id).info.experiment_id}/runs/{run_id}"
+    """Return the address of a run in MLflow's UI, in its view for training."""
+    experiment = _client().get_run(run_id).info.experiment_id
+    return f"{_ui()}/#/experiments/{experiment}/runs/{run_id}?{_TRAINING_VIEW}"
 
 
 def artifact_address(run_id: str, name: str) -> str:
-    """Where MLflow's UI serves a file that a run logged."""
+    """Return the address at which MLflow's UI serves a file that a run logged."""
     return f"{_ui()}/get-artifact?{urlencode({'path': name, 'run_uuid': run_id})}"
 
 
 def _ui() -> str:
-    """MLflow's UI: the one that KOALA_MLFLOW_UI names, the tracking server where there is one, else that of `make serve`."""
+    """Return MLflow's UI: the one that KOALA_MLFLOW_UI names, or the tracking server, or the one of `make serve`."""
     store = os.environ.get("MLFLOW_TRACKING_URI", "")
     return (os.environ.get(UI) or (store if store.startswith("http") else "http://127.0.0.1:5000")).rstrip("/")
 
 
-def hash_tags(**folders: Path) -> dict[str, str]:
-    """Tags `data_hash.<name>` of the folders that a stage read or made."""
-    return {f"data_hash.{name}": data_hash(folder) for name, folder in folders.items()}
-
-
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted names: `{"a": {"b": 1}}` gives `{"a.b": 1}`."""
+    """Return nested mappings as dotted names: `{"a": {"b": 1}}` gives `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         full = f"{prefix}.{name}" if prefix else str(name)

@@ -2,9 +2,11 @@
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,43 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
+class Recorder:
+    """A run that remembers what a stage reported: the last value of each metric, all steps, tags, and files."""
+
+    def __init__(self) -> None:
+        self.logged: dict[str, float] = {}
+        self.steps: dict[str, list[int]] = {}
+        self.tagged: dict[str, str] = {}
+        self.files: list[str] = []
+        self.images: list[tuple[str, int]] = []
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        self.logged |= values
+        for name in values:
+            self.steps.setdefault(name, []).append(step)
+
+    def last_step(self, metric: str) -> int:
+        return max(self.steps.get(metric, ()), default=-1)
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        self.tagged |= values
+
+    def image(self, image: Any, key: str, step: int) -> None:
+        self.images.append((key, step))
+
+    def figure(self, figure: Any, name: str) -> None:
+        self.files.append(name)
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        assert path.exists()
+        self.files.append(path.name)
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with its tables, which take seconds to make, and nothing else."""
@@ -33,10 +72,13 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
-    """A folder with params.yaml at profile `smoke`, infra/, and an MLflow store of its own; the current folder."""
+    """A folder with params.yaml at profile `smoke`, dvc.yaml, infra/, and an MLflow store; the current folder."""
     document = yaml.safe_load((ROOT / "params.yaml").read_text())
     document["profile"] = "smoke"
+    document["machines"]["cpu"]["distill"] |= {"micro_batch": 4, "checkpoint_every": 2, "log_every": 2, "validate_every": 3}
+    document["machines"]["cpu"]["evaluate"] = {"batch_size": 3, "latency_repeats": 2}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(document))
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
     (tmp_path / "infra").symlink_to(ROOT / "infra")
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
@@ -46,11 +88,12 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path
 
 @pytest.fixture
 def change_params(workspace: Path) -> Callable[..., None]:
-    """Set values of profile `smoke` in the workspace: `change_params(distill={"steps": 4})`."""
+    """Set values of profile `smoke`, and of machine `cpu`: `change_params(distill={"steps": 4}, machine={"log_every": 1})`."""
 
-    def change(**sections: dict) -> None:
+    def change(machine: dict | None = None, **sections: dict) -> None:
         file = workspace / "params.yaml"
         document = yaml.safe_load(file.read_text())
+        document["machines"]["cpu"]["distill"] |= machine or {}
         for section, values in sections.items():
             document["profiles"]["smoke"][section] |= values
         file.write_text(yaml.safe_dump(document))
@@ -61,16 +104,22 @@ def change_params(workspace: Path) -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an SDXL pipeline with random weights, small enough for a step to take milliseconds."""
+    folder = tmp_path_factory.mktemp("teacher")
+    tiny_pipeline(unet_channels=(16, 32, 32), unet_depths=(0, 1, 2), text_width=32).save_pretrained(folder)
+    return folder
+
+
+def tiny_pipeline(**sizes: Any) -> Any:
+    """A pipeline of SDXL's classes with random weights."""
     from diffusers import AutoencoderKL
 
-    from koala.demo.config import FitConfig, TinyTeacherConfig
-    from koala.demo.teacher import build_pipeline
+    from koala.demo.images import Shapes
+    from koala.teacher.config import FitConfig, TinyTeacher
+    from koala.teacher.tiny import build_pipeline
 
     torch.manual_seed(0)
     fit = FitConfig(steps=1, batch_size=1, learning_rate=1e-3)
-    config = TinyTeacherConfig(
-        kind="tiny", unet_channels=(16, 32, 32), unet_depths=(0, 1, 2), text_width=32, vae=fit, unet=fit
-    )
+    config = TinyTeacher(images=Shapes(count=8), vae=fit, unet=fit, **sizes)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -78,9 +127,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
         norm_num_groups=4,
         sample_size=32,
     )
-    folder = tmp_path_factory.mktemp("teacher")
-    build_pipeline(config, vae).save_pretrained(folder, safe_serialization=True)
-    return folder
+    return build_pipeline(config, vae)
 
 
 @pytest.fixture
@@ -107,20 +154,45 @@ def as_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[type[BaseHTTPR
         server.server_close()
 
 
-@pytest.fixture
-def distillable(workspace: Path, tiny_teacher: Path) -> Path:
-    """A workspace whose stages before `distill` have run: teacher, 37 latents in two buckets, both students."""
-    from koala import config
+@dataclass(frozen=True)
+class Artifacts:
+    """What the stages before `distill` make: folders, and both students' rules."""
+
+    latents: Path
+    teacher: Path
+    students: Path
+
+    def student(self, name: str) -> Path:
+        return self.students / name
+
+    def job(self, config: Any, state: Path, student: str = "koala-700m") -> Any:
+        from koala.distill.job import Job
+
+        state.mkdir(exist_ok=True)
+        return Job(config=config, latents=self.latents, teacher=self.teacher, student=self.student(student), state=state)
+
+
+@pytest.fixture(scope="session")
+def artifacts(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """A teacher, 37 latents in two buckets, and both students."""
     from koala.bench.models import random_latents
-    from koala.unet.build import run as build
+    from koala.params import load
+    from koala.run import NoRun
+    from koala.unet.student import student
 
-    class Recorder:
-        def __getattr__(self, _: str) -> Callable[..., None]:
-            return lambda *args, **kwargs: None
+    folder = tmp_path_factory.mktemp("artifacts")
+    random_latents(folder / "latents", {(32, 32): 29, (32, 64): 8}, factor=4)
+    for name, config in load(ROOT / "params.yaml").students.items():
+        (folder / "student" / name).mkdir(parents=True)
+        student(config, teacher=tiny_teacher, out=folder / "student" / name, run=NoRun())
+    return Artifacts(folder / "latents", tiny_teacher, folder / "student")
 
-    params = config.load()
-    shutil.copytree(tiny_teacher, params.out("teacher"))
-    random_latents(params.out("encode"), {(32, 32): 29, (32, 64): 8}, factor=4)
-    for student in params.students:
-        build(params, Recorder(), student)
+
+@pytest.fixture
+def distillable(workspace: Path, artifacts: Artifacts) -> Path:
+    """A workspace whose stages before `distill` have run."""
+    made = workspace / "artifacts/smoke"
+    shutil.copytree(artifacts.teacher, made / "teacher")
+    shutil.copytree(artifacts.latents, made / "latents")
+    shutil.copytree(artifacts.students, made / "student")
     return workspace

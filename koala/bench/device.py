@@ -1,4 +1,4 @@
-"""The device under measurement: what it is, how fast it multiplies, how much memory was used, where time went."""
+"""The device under measurement: its name, its rate of multiplication, its peak of memory, and a stopwatch."""
 
 import platform
 import time
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from koala import pipeline
+from koala.generate import device as default_device
 
 _SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices whose product is the peak: large enough to fill the device
 _PRODUCTS = 20
@@ -18,8 +18,8 @@ _PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 
 
 def describe() -> dict[str, Any]:
-    """The device's name and the versions that the figures belong to."""
-    device = pipeline.device()
+    """Return the device's name and the versions that the figures belong to."""
+    device = default_device()
     name = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
     )
@@ -40,8 +40,8 @@ def _processor() -> str:
 
 
 def matmul_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of the device's own product of two large square matrices of random numbers, the best of several."""
-    device = pipeline.device()
+    """Return FLOP/s of the device's own product of two large square matrices of random numbers, the best of several."""
+    device = default_device()
     side = _SIDES[device.type]
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     a @ b
@@ -56,20 +56,21 @@ def matmul_peak(dtype: torch.dtype) -> float:
 
 
 def synchronize() -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished its queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 class PeakMemory:
-    """The most memory held at once since `restart`, in bytes: of a GPU all that this process holds, of a CPU what it grew by."""
+    """The peak of memory since `restart`, in bytes: on a GPU all that this process holds, on a CPU what it grew by."""
 
     def __init__(self) -> None:
+        """Remember what this process holds before the measurement."""
         self._cuda = torch.cuda.is_available()
         self._before = _resident("VmRSS")
 
     def restart(self) -> None:
-        """Forget the peak of what was only preparation."""
+        """Forget the peak of the preparation."""
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
             return
@@ -79,7 +80,7 @@ class PeakMemory:
             self._before = None
 
     def bytes(self) -> int | None:
-        """None where the system does not tell."""
+        """Return the peak, or None where the system does not tell."""
         if self._cuda:
             return torch.cuda.max_memory_allocated()
         most = _resident("VmHWM")
@@ -87,7 +88,7 @@ class PeakMemory:
 
 
 def _resident(field: str) -> int | None:
-    """A figure of Linux's about this process, in bytes."""
+    """Return one of Linux's figures about this process, in bytes."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -96,21 +97,23 @@ def _resident(field: str) -> int | None:
 
 
 class Stopwatch:
-    """Splits time between names: each `mark` gives the time since the last one to a name.
+    """Time split between names: each `mark` gives the time since the last one to a name.
 
-    On a GPU by events in its own queue, so that nothing waits for being timed: what a mark is given includes the time in
-    which the GPU had nothing to do.
+    On a GPU, time is taken with CUDA events, so that timing does not synchronise. Each interval includes the GPU's idle
+    time.
     """
 
     def __init__(self) -> None:
+        """Start without marks."""
         self._now: Callable[[], Any] = _event if torch.cuda.is_available() else time.perf_counter
         self._marks: list[tuple[str | None, Any]] = []
 
     def start(self) -> None:
-        """The time before this belongs to no name."""
+        """Begin an interval; the time before it belongs to no name."""
         self._marks.append((None, self._now()))
 
     def mark(self, name: str) -> None:
+        """Give the time since the last mark to `name`."""
         self._marks.append((name, self._now()))
 
     def around(self, module: nn.Module, before: str, name: str) -> None:
@@ -119,10 +122,11 @@ class Stopwatch:
         module.register_forward_hook(lambda *_: self.mark(name))
 
     def clear(self) -> None:
+        """Forget all marks."""
         self._marks.clear()
 
     def seconds(self) -> dict[str, float]:
-        """The sum for each name since the last `clear`, in the order of first marks."""
+        """Return the sum for each name since the last `clear`, in the order of first marks."""
         synchronize()
         sums: dict[str, float] = {}
         for (_, start), (name, end) in zip(self._marks, self._marks[1:], strict=False):

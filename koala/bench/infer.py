@@ -1,7 +1,7 @@
 """`koala bench infer`: SDXL's U-Net beside its students', each in a whole pipeline on random weights.
 
-A step is one forward pass with guidance (two samples); a generation is the text encoders, so many steps of Euler and the
-VAE's decoder, all of it on the device, as diffusers runs it.
+A step is one forward pass with guidance (two samples). A generation is the text encoders, N steps of Euler and the VAE's
+decoder, all on the device, as diffusers runs it.
 """
 
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from koala.bench import report, runner
-from koala.config import load
 from koala.console import progress
 from koala.errors import KoalaError
+from koala.params import load
 from koala.unet.blocks import keep
 from koala.unet.reference import RULES, SDXL, VAE_FACTOR
 
@@ -30,13 +30,13 @@ def bench(
     out: Path | None,
     plot: Path | None,
 ) -> None:
-    """Measure and print; the raw figures go to `out`, a plot to `plot`.
+    """Measure and show; the raw figures go to `out`, a plot to `plot`.
 
-    models: students of params.yaml or of koala.unet.reference.RULES; none: all five. size: px; left out, 1024 on a GPU and
-    256 on a CPU. dtype: left out, float16 on a GPU and float32 on a CPU. On a GPU each model also runs held to the memory
-    of common cards. Raises KoalaError for a model or a dtype that is none of these, and for a size that cannot be had.
+    `models` are students of params.yaml or of koala.unet.reference.RULES; none: all five. `size` is in px; left out, 1024 on a
+    GPU and 256 on a CPU. `dtype`, left out, is float16 on a GPU and float32 on a CPU. On a GPU each model also runs held to
+    the memory of common cards. Raises KoalaError for a model or a dtype that is none of these, and for a size that cannot be had.
     """
-    rules = {**RULES, **load().students}
+    rules = {**RULES, **{name: student.unet for name, student in load().students.items()}}
     names = models or MODELS
     for name in names:
         if name not in rules:
@@ -48,7 +48,7 @@ def bench(
 
     import torch
 
-    from koala.unet.build import empty_unet, student_config
+    from koala.unet.student import empty_unet, student_config
 
     cuda = torch.cuda.is_available()
     size = size or (1024 if cuda else 256)

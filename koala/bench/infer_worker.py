@@ -1,4 +1,4 @@
-"""One U-Net's measurement for `koala bench infer`, in a process of its own (koala.bench.runner)."""
+"""One U-Net's measurement for `koala bench infer`, in a separate process (koala.bench.runner)."""
 
 import statistics
 import time
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from koala import pipeline as loading
 from koala.bench import runner
 from koala.bench.device import PeakMemory, describe, matmul_peak, synchronize
 from koala.bench.models import random_sdxl, random_tokens
-from koala.distill.capture import compile_layers
-from koala.distill.conditioning import TextConditioner
+from koala.distill.hooks import compile_layers
+from koala.distill.text import TextConditioner
 from koala.evaluate.latency import step_latency
+from koala.generate import device as default_device
 from koala.unet.reference import TEXT_TOKENS
 
 GUIDANCE = 7.5
@@ -24,8 +24,8 @@ _REPEATS = {"cuda": (20, 3), "cpu": (3, 1)}  # of a step, of a generation
 def measure(
     name: str, unet: dict[str, Any], size: int, steps: int, dtype: str, compile: bool, limit_gib: int | None
 ) -> runner.Figures:
-    """One U-Net's figures, in this process. limit_gib: hold it to a card of so much memory, and see only whether it fits."""
-    device = loading.device()
+    """Return one U-Net's figures. With `limit_gib`, hold it to a card of that memory, and see only whether it fits."""
+    device = default_device()
     if limit_gib:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction((limit_gib - _CONTEXT_GIB) * 2**30 / total)
@@ -53,7 +53,7 @@ def measure(
 
 @torch.no_grad()
 def _generate(models: StableDiffusionXLPipeline, size: int, steps: int) -> float:
-    """Seconds from a caption's tokens to a picture."""
+    """Return the seconds from a caption's tokens to an image."""
     tokens = random_tokens(models.text_encoder.config, 1).to(models.device)
     text = TextConditioner(models)
     synchronize()

@@ -1,4 +1,4 @@
-"""Pipelines with random weights, of a teacher's shape: speed and memory do not depend on what a model has learnt."""
+"""Pipelines with random weights, of a teacher's shape: speed and memory do not depend on what was trained."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from koala.data.latents import COLUMNS
-from koala.demo.config import LATENT_CHANNELS, TinyTeacherConfig
-from koala.demo.teacher import build_pipeline, build_vae
-from koala.teacher import TeacherConfig
+from koala.teacher.config import LATENT_CHANNELS, TeacherConfig, TinyTeacher
+from koala.teacher.tiny import build_pipeline, build_vae
 from koala.unet.reference import SDXL
 
 # SDXL's other parts. Its VAE runs in half precision, as the one that is safe there does.
@@ -48,20 +47,20 @@ _VAE: Mapping[str, Any] = {
 
 
 def random_tokens(text: CLIPTextConfig, captions: int) -> torch.Tensor:
-    """Token ids as both tokenizers give them for so many captions: captions x 2 x T."""
+    """Return token ids as both tokenizers give them for N captions: N x 2 x T."""
     return torch.randint(text.vocab_size, (captions, 2, text.max_position_embeddings))
 
 
 def random_pipeline(teacher: TeacherConfig, device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """A pipeline shaped as the teacher will be; one of the Hub counts as SDXL."""
-    if not isinstance(teacher, TinyTeacherConfig):
+    """Return a pipeline shaped as the teacher will be; all but the tiny one count as SDXL."""
+    if not isinstance(teacher, TinyTeacher):
         return random_sdxl(SDXL, device, dtype)
     with _made(device, dtype):
         return build_pipeline(teacher, build_vae(teacher))
 
 
 def random_sdxl(unet: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """SDXL around a U-Net of this configuration; without tokenizers, whose words are not ours."""
+    """Return SDXL around a U-Net of this configuration, without tokenizers, whose vocabulary is not ours."""
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     )
@@ -80,7 +79,7 @@ def random_sdxl(unet: Mapping[str, Any], device: torch.device, dtype: torch.dtyp
 
 @contextmanager
 def _made(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Modules that are built inside are born on `device` in `dtype`: a small card never holds them in float32."""
+    """Build modules on `device` in `dtype` inside the block: a small card never holds them in float32."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -91,9 +90,9 @@ def _made(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def random_latents(folder: Path, buckets: Mapping[tuple[int, int], int], factor: int) -> None:
-    """Random encoded samples in `folder`, as the stage `encode` would write them: so many in each bucket (height, width, px).
+    """Write random encoded samples to `folder`, as the stage `encode` does: N in each bucket (height, width, px).
 
-    factor: pixels of an image for a pixel of its latent, a side.
+    `factor` is the pixels of an image for a pixel of its latent, a side.
     """
     folder.mkdir(parents=True)
     random = torch.Generator().manual_seed(0)

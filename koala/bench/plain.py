@@ -1,8 +1,8 @@
-"""The plain recipe: a step of distillation as the published scripts for models of SDXL's kind take it; the baseline.
+"""The plain recipe, the baseline: a step of distillation as the published scripts for SDXL-class models take it.
 
-Pictures are decoded, encoded by the VAE and captioned by the text encoders in every step. Features are read by hooks on
+Images are decoded and encoded by the VAE, and captions by the text encoders, in every step. Features are read by hooks on
 whole blocks (the last feature of every stage, BK-SDM). Everything is eager: attention by diffusers' default (SDPA), the
-student in float32 under autocast, the frozen models in half precision, AdamW and moving average as they come.
+student in float32 under autocast, the frozen models in half precision, AdamW and EMA with their defaults.
 """
 
 import io
@@ -20,14 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextConfig
 
 from koala.bench.models import random_tokens
-from koala.distill.conditioning import TextConditioner
 from koala.distill.config import DistillConfig
+from koala.distill.launch_settings import micro_batch
+from koala.distill.text import TextConditioner
 
-_PICTURES = 8  # different files; each is decoded every time it is met
+_FILES = 8  # different files; each is decoded every time it is read
 
 
-class PlainLearner:
-    """Has the two halves of koala.distill.learner.Learner's step."""
+class PlainTrainer:
+    """The baseline's counterpart of koala.distill.trainer.Trainer, with the same two halves of a step."""
 
     def __init__(
         self,
@@ -38,13 +39,19 @@ class PlainLearner:
         device: torch.device,
         half: torch.dtype,
     ) -> None:
-        """blocks: paths of the stages that student and teacher share; half: what autocast computes in, float32 for none."""
+        """Prepare the models.
+
+        `blocks` are paths of the stages that student and teacher share. `half` is what autocast computes in, float32 for
+        none.
+        """
         self._recipe, self._device, self._half = recipe, device, half
+        self._micro_batch = micro_batch(recipe, 1)
+        self.accumulate = recipe.batch_size // self._micro_batch
         self.vae = pipeline.vae.to(device).requires_grad_(False)
         self.text = TextConditioner(pipeline).to(device)
         self.teacher = pipeline.unet.to(device).requires_grad_(False).eval()
         self.student = student.to(device).train()
-        if recipe.gradient_checkpointing:
+        if recipe.machine.gradient_checkpointing:
             self.student.enable_gradient_checkpointing()
         self._scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         self._found: dict[str, dict[str, Tensor]] = {"teacher": {}, "student": {}}
@@ -53,7 +60,7 @@ class PlainLearner:
                 unet.get_submodule(block).register_forward_hook(self._keep(name, block))
         self._parameters = list(student.parameters())
         self._optimizer = torch.optim.AdamW(self._parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-        self._average = EMAModel(self._parameters, decay=recipe.ema_decay) if recipe.ema_decay else None
+        self._ema = EMAModel(self._parameters, decay=recipe.ema_decay) if recipe.ema_decay else None
 
     def _keep(self, name: str, block: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
@@ -61,11 +68,11 @@ class PlainLearner:
 
         return hook
 
-    def backward(self, batch: tuple[Tensor, Tensor, Tensor], number: int) -> None:
-        """Forward and backward of a micro-batch: pictures B x 3 x H x W in 0..255, tokens B x 2 x T, time ids B x 6."""
-        pictures, tokens, time_ids = (tensor.to(self._device) for tensor in batch)
+    def backward(self, batch: tuple[Tensor, Tensor, Tensor], last: bool) -> None:
+        """Run forward and backward of a micro-batch: images B x 3 x H x W in 0..255, tokens B x 2 x T, time ids B x 6."""
+        images, tokens, time_ids = (tensor.to(self._device) for tensor in batch)
         with torch.no_grad():
-            pixels = pictures.to(self.vae.dtype) / 127.5 - 1
+            pixels = images.to(self.vae.dtype) / 127.5 - 1
             latents = self.vae.encode(pixels).latent_dist.sample()
             latents = latents.float() * self.vae.config.scaling_factor
             kept = torch.rand(len(latents), device=self._device) >= self._recipe.caption_dropout
@@ -83,32 +90,33 @@ class PlainLearner:
             loss = F.mse_loss(predicted.float(), noise.float()) + F.mse_loss(predicted.float(), expected.float())
             for block, feature in self._found["student"].items():
                 loss = loss + F.mse_loss(feature.float(), self._found["teacher"][block].float())
-        (loss * self._recipe.micro_batch / self._recipe.batch_size).backward()
+        (loss / self.accumulate).backward()
 
-    def update(self, rate: float) -> None:
-        """One step of optimiser and average."""
-        nn.utils.clip_grad_norm_(self._parameters, self._recipe.max_grad_norm)
+    def update(self, rate: float) -> float:
+        """Take one step of the optimizer and of the EMA. Return the gradient's norm."""
+        norm = float(nn.utils.clip_grad_norm_(self._parameters, self._recipe.max_grad_norm))
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad()
-        if self._average:
-            self._average.step(self._parameters)
+        if self._ema:
+            self._ema.step(self._parameters)
+        return norm
 
 
-class _Pictures(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """JPEG files of `size` x `size` pixels in memory, decoded as they are asked for: 3 x size x size, 0..255."""
+class _Images(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """JPEG files of `size` x `size` pixels in memory, decoded when they are read: 3 x size x size, 0..255."""
 
     def __init__(self, text: CLIPTextConfig, size: int, count: int) -> None:
         self._text, self._size, self._count = text, size, count
-        self._files = [_jpeg(seed, size) for seed in range(_PICTURES)]
+        self._files = [_jpeg(seed, size) for seed in range(_FILES)]
 
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        picture = Image.open(io.BytesIO(self._files[number % _PICTURES])).convert("RGB")
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # bytes: a quarter of what floats would send
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        image = Image.open(io.BytesIO(self._files[index % _FILES])).convert("RGB")
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # bytes: a quarter of what floats would send
         time_ids = torch.tensor([self._size, self._size, 0, 0, self._size, self._size])
         return pixels, random_tokens(self._text, 1)[0], time_ids
 
@@ -121,8 +129,9 @@ def _jpeg(seed: int, size: int) -> bytes:
 
 
 def load(text: CLIPTextConfig, size: int, recipe: DistillConfig) -> Iterator[Iterator[tuple[Tensor, Tensor, Tensor]]]:
-    """For every step of the recipe its micro-batches, on the CPU."""
-    pictures = _Pictures(text, size, recipe.steps * recipe.batch_size)
-    batches = iter(DataLoader(pictures, recipe.micro_batch, num_workers=recipe.workers))
+    """Yield the micro-batches of every step of the recipe, on the CPU."""
+    images = _Images(text, size, recipe.steps * recipe.batch_size)
+    size_of_batch = micro_batch(recipe, 1)
+    batches = iter(DataLoader(images, size_of_batch, num_workers=recipe.machine.workers))
     for _ in range(recipe.steps):
-        yield islice(batches, recipe.batch_size // recipe.micro_batch)
+        yield islice(batches, recipe.batch_size // size_of_batch)

@@ -1,4 +1,4 @@
-"""What a person reads of a benchmark: tables that are Markdown, plots; and the raw figures as JSON."""
+"""Tables of a benchmark as Markdown, plots, and the raw figures as JSON."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koala.bench.runner import Figures
+from koala.console import show
 from koala.errors import KoalaError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ GIB = 2**30
 
 
 def document(bench: str, settings: dict[str, Any], rows: Sequence[Figures]) -> dict[str, Any]:
-    """All that was measured, with its date, device and versions. Raises KoalaError where no row could be measured."""
+    """Return all that was measured, with date, device and versions. Raises KoalaError where no row could be measured."""
     where = next((row["where"] for row in rows if "where" in row), None)
     if where is None:
         raise KoalaError(f"bench {bench}: nothing could be measured: choose another profile or a smaller size")
@@ -26,7 +27,7 @@ def document(bench: str, settings: dict[str, Any], rows: Sequence[Figures]) -> d
 
 
 def train(found: dict[str, Any], out: Path | None, plot: Path | None) -> None:
-    """Print `koala bench train`'s tables: speed and memory beside the first row, then where an image's time went."""
+    """Show `koala bench train`'s tables: speed and memory beside the first row, then where an image's time went."""
     rows = found["rows"]
     first = next(row for row in rows if "images_per_second" in row)
     settings = found["settings"]
@@ -52,15 +53,16 @@ def train(found: dict[str, Any], out: Path | None, plot: Path | None) -> None:
         each = row["seconds_per_image"]
         total = 1 / row["images_per_second"]
         spent.append([row["name"], *(f"{1000 * each.get(part, 0):.2f}" for part in parts), f"{1000 * total:.2f}"])
-    flops, size = first["flops_per_image"] / 1e12, first["size"]
-    print(f"Distilling {settings['student']} at profile {settings['profile']}, {size} px: {flops:.4g} TFLOP an image")
+    flops = first["flops_per_image"] / 1e12
+    sizes = " and ".join(f"{height}x{width}" for height, width in first["buckets"])
+    show(f"Distilling {settings['student']} at profile {settings['profile']}, {sizes} px: {flops:.4g} TFLOP an image")
     _print(found, [speed, spent])
-    print(f"matmul peak: {peak / 1e12:.4g} TFLOP/s, precision {first['precision']}; rounds: {settings['rounds']}")
+    show(f"matmul peak: {peak / 1e12:.4g} TFLOP/s, precision {first['precision']}; rounds: {settings['rounds']}")
     _save(found, out, plot, _train_figure)
 
 
 def infer(found: dict[str, Any], out: Path | None, plot: Path | None) -> None:
-    """Print `koala bench infer`'s table: latency, memory, and what fits, beside the first row."""
+    """Show `koala bench infer`'s table: latency, memory, and what fits, beside the first row."""
     rows, settings = found["rows"], found["settings"]
     first = rows[0]
     limits = [f"{limit} GiB" for limit in settings["limits_gib"]]
@@ -87,18 +89,18 @@ def infer(found: dict[str, Any], out: Path | None, plot: Path | None) -> None:
             ]
         )
     how = ", layers compiled" if settings["compile"] else ""
-    print(f"One picture of {settings['size']} px, guidance (two forward passes a step), {settings['dtype']}{how}")
+    show(f"One image of {settings['size']} px, guidance (two forward passes a step), {settings['dtype']}{how}")
     _print(found, [table])
     _save(found, out, plot, _infer_figure)
 
 
 def _why(row: Figures) -> str:
-    """What stands in place of figures."""
+    """Return what stands in place of figures."""
     return "out of memory" if row.get("out_of_memory") else f"failed, status {row['failed']}"
 
 
 def _with_range(value: float, rounds: Sequence[float | None]) -> str:
-    """A figure and, of several rounds, the least and the most."""
+    """Return a figure and, of several rounds, the range."""
     known = [each for each in rounds if each is not None]
     return f"{value:.2f}" + (f" ({min(known):.2f} to {max(known):.2f})" if len(known) > 1 else "")
 
@@ -115,12 +117,12 @@ def _print(found: dict[str, Any], tables: Sequence[Sequence[Sequence[str]]]) -> 
     for rows in tables:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-        print()
+        show("")
         for first, *others in (rows[0], rule, *rows[1:]):
             cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
-            print(f"| {' | '.join(cells)} |")
+            show(f"| {' | '.join(cells)} |")
     where = ", ".join(f"{name} {value}" for name, value in found["where"].items() if name != "device")
-    print(f"\n{found['where']['device']}; {where}; {found['date']}")
+    show(f"\n{found['where']['device']}; {where}; {found['date']}")
 
 
 def _save(
@@ -138,7 +140,7 @@ def _save(
 
 
 def _train_figure(found: dict[str, Any]) -> "Figure":
-    """A bar for each recipe: where an image's time went."""
+    """Plot a bar for each recipe: where an image's time went."""
     from matplotlib.figure import Figure
 
     rows = [row for row in found["rows"] if "seconds_per_image" in row]
@@ -159,7 +161,7 @@ def _train_figure(found: dict[str, Any]) -> "Figure":
 
 
 def _infer_figure(found: dict[str, Any]) -> "Figure":
-    """Two panels: seconds for a picture, and memory."""
+    """Plot two panels: seconds for an image, and memory."""
     from matplotlib.figure import Figure
 
     rows = [row for row in found["rows"] if "step_seconds" in row]

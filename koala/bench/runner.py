@@ -1,6 +1,6 @@
-"""Runs each measurement in a process of its own: a peak of memory, a compiler's cache and a failure are its alone.
+"""Measurements in separate processes, so that a peak of memory, a compiler's cache and a failure concern only one.
 
-The process is a module of koala.bench, told what to measure in JSON, and gives the figures as the last line of its output.
+A process is a module of koala.bench. It reads what to measure as JSON and writes the figures as its last line.
 """
 
 import json
@@ -20,14 +20,14 @@ OUT_OF_MEMORY = {"out_of_memory": True}
 
 
 def run(module: str, spec: dict[str, Any]) -> Figures:
-    """Measure `spec` by koala.bench.`module` in a process of its own.
+    """Measure `spec` by koala.bench.`module` in a separate process.
 
-    Where that fails, what it said stands on stderr and the figures are `{"failed": status}`, so that the other measurements
-    are not lost. Raises KoalaError for what the user can mend.
+    Where that fails, its stderr is shown and the figures are `{"failed": status}`, so that the other measurements are
+    not lost. Raises KoalaError for what the user can fix.
     """
     command = [sys.executable, "-m", f"koala.bench.{module}", json.dumps(spec)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode == -signal.SIGKILL:  # the system's way to say that there is no memory left
+    if done.returncode == -signal.SIGKILL:  # how the system says that no memory is left
         return OUT_OF_MEMORY
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
@@ -39,16 +39,16 @@ def run(module: str, spec: dict[str, Any]) -> Figures:
 
 
 def median(runs: Sequence[Figures], by: str) -> Figures:
-    """Of several runs of one measurement the one whose figure `by` is the median, the lower of two; the last, if none has it."""
+    """Return the run with the median `by` (the lower one for an even count), or the last run if none has it."""
     measured = sorted((run for run in runs if by in run), key=lambda run: run[by])
     return measured[(len(measured) - 1) // 2] if measured else runs[-1]
 
 
 def answer(measure: Callable[..., Figures]) -> None:
-    """The process's side: measure what the command line says, and print the figures."""
+    """Measure what the command line says, and write the figures: the process's side of `run`."""
     import torch
 
-    from koala.console import hide_loading_bars
+    from koala.console import hide_loading_bars, show
 
     hide_loading_bars()
     try:
@@ -57,4 +57,4 @@ def answer(measure: Callable[..., Figures]) -> None:
         figures = OUT_OF_MEMORY
     except KoalaError as error:
         figures = {"complaint": str(error)}
-    print(json.dumps(figures))
+    show(json.dumps(figures))

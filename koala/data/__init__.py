@@ -1,1 +1,1 @@
-"""From a list of image URLs to latents: source, download, filter, encode."""
+"""Data stages, from a list of image URLs to latents: source, download, filter, encode."""

@@ -1,13 +1,15 @@
 """Parameters of the data stages."""
 
-import re
-from typing import Literal
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from koala.section import Section
+from koala.config import Config
+from koala.data.rules import Rule
 
-# Names that img2dataset gives to columns of its own.
 RESERVED_COLUMNS = {
     "key",
     "url",
@@ -23,55 +25,66 @@ RESERVED_COLUMNS = {
     "sha256",
     "sha512",
 }
+"""Columns that img2dataset adds to each sample: no score column may have such a name."""
 
 
-class SourceConfig(Section):
-    """Where the URL table comes from.
+class SourceConfig(Config, ABC):
+    """A list of image URLs and captions. Each kind of list is a subclass."""
 
-    kind: `shapes` draws up a table of the project's own pictures (see koala.demo.shapes); `file`, `hub` and `s3` read a
-    parquet, CSV or JSON-lines table from disk, from a data set on the Hugging Face Hub, or from S3. With `files`, those
-    are read from under `location`, in that order; without, `location` is the table itself.
-    """
+    kind: str
+    """Kind of list."""
+    location: str
+    """Where the list is."""
+    score_columns: tuple[str, ...] = ()
+    """Numeric columns to carry along, for the filter's rule `scores`."""
+    rows: int | None = Field(default=None, gt=0)
+    """Rows to take at most; all rows if not given."""
 
-    kind: Literal["shapes", "file", "hub", "s3"]
-    location: str = Field(description="base URL (shapes), path (file), owner/name (hub), s3://bucket/key (s3)")
-    files: tuple[str, ...] = ()
-    revision: str | None = None
-    url_column: str = "url"
-    caption_column: str = "caption"
-    score_columns: tuple[str, ...] = Field(default=(), description="numbers to carry along, for the filter")
-    private_hosts: bool = Field(
-        default=False, description="keep URLs that name this machine or a private address: right for a list of your own"
-    )
-    rows: int | None = Field(default=None, gt=0, description="take this many rows at most")
-    seed: int = 0
+    @field_validator("score_columns")
+    @classmethod
+    def _no_reserved_name(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
+        if taken := RESERVED_COLUMNS.intersection(columns):
+            raise ValueError(f"img2dataset keeps the name {min(taken)!r} for itself; rename the column")
+        return columns
 
-    @model_validator(mode="after")
-    def _complete(self) -> "SourceConfig":
-        if self.kind == "hub" and not (self.revision and self.files):
-            raise ValueError("kind 'hub' needs 'files' and a pinned 'revision'")
-        if self.kind == "shapes" and not self.rows:
-            raise ValueError("kind 'shapes' needs 'rows'")
-        if taken := RESERVED_COLUMNS.intersection(self.score_columns):
-            raise ValueError(f"score_columns: img2dataset keeps the name {min(taken)!r} for itself; rename the column")
-        return self
+    @abstractmethod
+    def tables(self, dropped: Counter[str]) -> Iterator[Any]:
+        """Yield pyarrow tables of usable rows: url and caption (string), score columns (float64).
+
+        Counts the other rows in `dropped`, by reason. Raises KoalaError if the list cannot be read.
+        """
 
 
-class DownloadConfig(Section):
-    """How img2dataset fetches and resizes. Sizes are in pixels, times in seconds."""
+class DownloadMachine(Config):
+    """Settings of the download that change only its speed."""
 
-    image_size: int = Field(gt=0, description="larger images are brought to this; smaller ones stay as they are")
-    resize_mode: Literal["keep_ratio", "center_crop", "border", "no"] = "keep_ratio"
-    encode_format: Literal["jpg", "png", "webp"] = "jpg"
-    encode_quality: int = Field(default=95, ge=0, le=100, description="for png the compression, 0 to 9")
-    shard_size: int = Field(default=10_000, gt=0, description="rows of the table a shard")
     processes: int = Field(default=1, gt=0)
+    """Processes of img2dataset. Each works on one shard at a time."""
     threads: int = Field(default=32, gt=0)
+    """Threads of each process. Each fetches one image at a time."""
+
+
+class DownloadConfig(Config):
+    """How img2dataset fetches and resizes images."""
+
+    image_size: int = Field(gt=0)
+    """Target size in pixels. Larger images are resized to it; smaller ones are left as they are."""
+    resize_mode: Literal["keep_ratio", "center_crop", "border", "no"] = "keep_ratio"
+    """How a larger image reaches `image_size`. `keep_ratio` applies it to the shorter side."""
+    encode_format: Literal["jpg", "png", "webp"] = "jpg"
+    """Format in which images are stored."""
+    encode_quality: int = Field(default=95, ge=0, le=100)
+    """Quality of jpg and webp, 0 to 100; compression level of png, 0 to 9."""
+    shard_size: int = Field(default=10_000, gt=0)
+    """Table rows per shard."""
     timeout: int = Field(default=10, gt=0)
+    """Timeout of one network operation in seconds."""
     retries: int = Field(default=1, ge=0)
-    sidecar: tuple[str, ...] = Field(
-        default=(), description="a command kept running while the download runs: a proxy, a tunnel, the demo's server"
-    )
+    """Further attempts after a failed one."""
+    sidecar: tuple[str, ...] = ()
+    """Command that runs while the download runs: a proxy, a tunnel, the demo's server. Not part of the resume key."""
+    machine: DownloadMachine = DownloadMachine()
+    """Settings that change only the speed."""
 
     @model_validator(mode="after")
     def _quality_fits_format(self) -> "DownloadConfig":
@@ -79,50 +92,53 @@ class DownloadConfig(Section):
             raise ValueError("encode_quality of png is its compression: 0 to 9")
         return self
 
-
-class FilterConfig(Section):
-    """Which samples are kept. Lengths are in words, sizes in pixels of the image before it was resized."""
-
-    min_words: int = Field(default=3, ge=1)
-    max_words: int = Field(default=300, ge=1)
-    min_size: int = Field(default=0, ge=0, description="shorter side at least")
-    max_aspect: float = Field(default=2.0, ge=1, description="longer side over shorter side at most")
-    min_ascii: float = Field(default=0.0, ge=0, le=1, description="share of ASCII characters in a caption at least")
-    blocklist: tuple[str, ...] = Field(
-        default=(), description="regular expressions; a caption that matches one is dropped"
-    )
-    min_scores: dict[str, float] = Field(default_factory=dict, description="score column -> least value")
-    max_scores: dict[str, float] = Field(default_factory=dict, description="score column -> greatest value")
-    near_duplicate_bits: int | None = Field(
-        default=None,
-        ge=0,
-        le=15,
-        description="drop an image whose 64-bit dHash differs from a kept one's in at most this",
-    )
-    shard_size: int = Field(default=10_000, gt=0, description="samples a shard")
-    processes: int = Field(default=1, gt=0, description="shards judged at a time")
-
-    @field_validator("blocklist")
-    @classmethod
-    def _patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-        return patterns
+    def resume_key(self) -> dict[str, Any]:
+        """Return the recipe without the sidecar: another route to the same images does not restart the download."""
+        return {name: value for name, value in self.recipe().items() if name != "sidecar"}
 
 
-class EncodeConfig(Section):
-    """How kept images become latents.
+class FilterMachine(Config):
+    """Settings of the filter that change only its speed."""
 
-    buckets: (height, width) in pixels; an image goes to the bucket of the nearest aspect ratio. Each a multiple of 8 or
-    of whatever the VAE divides by.
-    """
+    processes: int = Field(default=1, gt=0)
+    """Shards judged at a time."""
+
+
+class FilterConfig(Config):
+    """Which samples are kept."""
+
+    rules: tuple[SerializeAsAny[Rule], ...] = ()
+    """Rules in the order in which they apply. A sample is counted under the first rule that it breaks."""
+    near_duplicate_bits: int | None = Field(default=None, ge=0, le=15)
+    """Drop an image whose 64-bit dHash differs from that of a kept one in at most this many bits; off if not given."""
+    shard_size: int = Field(default=10_000, gt=0)
+    """Samples per shard."""
+    machine: FilterMachine = FilterMachine()
+    """Settings that change only the speed."""
+
+
+class EncodeMachine(Config):
+    """Settings of encoding that change only its speed and memory."""
+
+    batch_size: int = Field(default=8, gt=0)
+    """Images per forward pass of the VAE."""
+
+
+class EncodeConfig(Config):
+    """How kept images become latents."""
 
     buckets: tuple[tuple[int, int], ...] = Field(min_length=1)
+    """Bucket sizes (height, width) in pixels, multiples of the VAE's factor (8 for SDXL).
+
+    An image goes to the bucket of the nearest aspect ratio.
+    """
     crop: Literal["center", "random"] = "center"
+    """Where an image that does not fit its bucket is cropped."""
     flip_probability: float = Field(default=0.0, ge=0, le=1)
-    batch_size: int = Field(default=8, gt=0)
+    """Probability that an image is mirrored horizontally."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    """Type in which latents are stored."""
     seed: int = 0
+    """Seed of random crops and flips."""
+    machine: EncodeMachine = EncodeMachine()
+    """Settings that change only speed and memory."""

@@ -1,11 +1,11 @@
-"""The table's images, fetched and resized by img2dataset into webdataset shards.
+"""The stage `download`: the table's images, fetched and resized by img2dataset into webdataset shards.
 
-The out holds, for each shard, `00000.tar` (samples), `00000.parquet` (how every row ended) and `00000_stats.json`
-(img2dataset's counts), and over all of them `stats.json` and `outcomes.png`. Shards are finished one by one under
-runs/download/: a run that was killed goes on there.
+For each shard, `out` gets `00000.tar` (samples), `00000.parquet` (outcome of every row) and `00000_stats.json`
+(img2dataset's counts); for all of them stats.json and outcomes.png. img2dataset works in `out/state/shards`. A killed run
+resumes after the last finished shard.
 
-img2dataset runs in a process of its own (`python -m koala.data.download OPTIONS`), so that its many processes, its
-handlers of signals and its talk stay out of ours.
+img2dataset runs in a separate process (`python -m koala.data.download OPTIONS`), which keeps its child processes, signal
+handlers and output away from ours.
 """
 
 import json
@@ -26,78 +26,74 @@ from urllib.parse import urlsplit
 
 from koala.console import progress, say
 from koala.data.config import DownloadConfig
-from koala.data.guard import guarded, last_line
 from koala.errors import KoalaError
-from koala.tracking import hash_tags
-from koala.work import finish, resume_folder
+from koala.process import guarded, last_line
+from koala.run import STATE, Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from koala.config import Params
-    from koala.tracking import StageRun
-
 STATUSES = ("success", "failed_to_download", "failed_to_resize")
 TOP_ERRORS = 20
 POLL_SECONDS = 0.2
-SIDECAR_SECONDS = 30.0  # a sidecar must be ready by then
-MAX_PIXELS = 2**27  # of an image that is decoded: more is a decompression bomb
+SIDECAR_SECONDS = 30.0
+"""Time in which a sidecar must accept connections."""
+MAX_PIXELS = 2**27
+"""Pixels of a decoded image at most: more is a decompression bomb."""
+_SHARD_FILE = re.compile(r"\d+(\.tar|\.parquet|_stats\.json)")
 
 
-def run(params: "Params", run: "StageRun") -> None:
-    """Fetch the source stage's table.
+def download(config: DownloadConfig, table: Path, out: Path, run: Run) -> None:
+    """Fetch the images of `table` into shards in `out`.
 
-    Raises KoalaError where no image comes, or where img2dataset or the sidecar fail.
+    Raises KoalaError if no image comes, or if img2dataset or the sidecar fails.
     """
-    config = params.download
-    source = params.need("source")
-    table = source / "table.parquet"
-    # What changes how fast the images come does not change which: such work is gone on with.
-    settings = config.model_dump(exclude={"processes", "threads", "sidecar"})
-    hashes = hash_tags(source=source)
-    work = resume_folder("download", config=settings, data=hashes)
-    shards = work / "shards"
-    shards.mkdir(exist_ok=True)
-
-    run.tags(hashes)
-    fetch(table, config, shards, work)
+    state = out / STATE
+    # img2dataset needs its own folder: it takes every JSON file there for the stats of a shard.
+    shards = state / "shards"
+    shards.mkdir(parents=True, exist_ok=True)
+    _move_shards(out, shards)
+    fetch(table / "table.parquet", config, shards, state)
     stats = summarise(shards)
     if not stats["status"]["success"]:
-        shutil.rmtree(work)
         raise KoalaError(
             f"none of {stats['rows']} images could be downloaded; mostly: {next(iter(stats['errors']), 'unknown')}"
         )
 
-    (shards / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
+    _move_shards(shards, out)
+    (out / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
     figure = plot(stats)
-    figure.savefig(shards / "outcomes.png")
+    figure.savefig(out / "outcomes.png")
     run.metrics({"rows": stats["rows"], "success_share": stats["success_share"]} | stats["status"])
     run.figure(figure, "outcomes.png")
-    run.artifact(shards / "stats.json")
+    run.artifact(out / "stats.json")
     say(f"download: {stats['status']['success']} of {stats['rows']} images ({stats['success_share']:.1%})")
-    finish(shards, params.out("download"))
-    shutil.rmtree(work)
+    shutil.rmtree(state)
+
+
+def _move_shards(source: Path, target: Path) -> None:
+    for file in source.iterdir():
+        if _SHARD_FILE.fullmatch(file.name):
+            os.replace(file, target / file.name)
 
 
 def fetch(table: Path, config: DownloadConfig, shards: Path, logs: Path) -> None:
-    """Bring `shards` to the point where every shard of the table is finished; finished ones are left as they are.
+    """Fetch every shard of the table that is not finished in the folder `shards`.
 
-    Raises KoalaError where a process fails, or where a shard does not get finished.
+    Raises KoalaError if a process fails or a shard stays unfinished.
     """
     import pyarrow.parquet as pq
 
     rows = pq.read_metadata(table).num_rows
     columns = pq.read_schema(table).names
     count = math.ceil(rows / config.shard_size)
-    # What a killed run may have left: img2dataset would stumble over a JSON file of another name.
-    (shards / "stats.json").unlink(missing_ok=True)
     shutil.rmtree(shards / "_tmp", ignore_errors=True)
     _discard_unfinished(shards)
     done = len(_stats(shards))
     if done == count:
         return
     if done:
-        say(f"download: goes on after {done} of {count} shards")
+        say(f"download: resumes after {done} of {count} shards")
     log = logs / "img2dataset.log"
     command = [sys.executable, "-m", "koala.data.download", json.dumps(_options(table, columns, config, shards))]
     with ExitStack() as stack:
@@ -118,7 +114,7 @@ def fetch(table: Path, config: DownloadConfig, shards: Path, logs: Path) -> None
 
 
 def _options(table: Path, columns: list[str], config: DownloadConfig, shards: Path) -> dict[str, Any]:
-    """The arguments of `img2dataset.download`."""
+    """Return the arguments of `img2dataset.download`."""
     return {
         "url_list": str(table),
         "input_format": "parquet",
@@ -130,15 +126,15 @@ def _options(table: Path, columns: list[str], config: DownloadConfig, shards: Pa
         "number_sample_per_shard": config.shard_size,
         "image_size": config.image_size,
         "resize_mode": config.resize_mode,
-        # Whoever needs more pixels than there are resizes once, from the original ones.
+        # Upscaling here would mean resizing twice: `encode` resizes to its buckets.
         "resize_only_if_bigger": True,
         "encode_format": config.encode_format,
         "encode_quality": config.encode_quality,
-        # For the orientation, which resizing loses: the filter drops what was stored turned.
+        # Holds the orientation, which resizing loses: the filter drops rotated images.
         "extract_exif": True,
         "compute_hash": "sha256",
-        "processes_count": config.processes,
-        "thread_count": config.threads,
+        "processes_count": config.machine.processes,
+        "thread_count": config.machine.threads,
         "timeout": config.timeout,
         "retries": config.retries,
         "incremental_mode": "incremental",
@@ -148,7 +144,7 @@ def _options(table: Path, columns: list[str], config: DownloadConfig, shards: Pa
 
 
 def _environment() -> dict[str, str]:
-    """No library looks for updates or sends usage data; no proxy is asked for what runs on this machine."""
+    """Return variables that disable update checks and telemetry, and proxies for this machine's own servers."""
     direct = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1,localhost")))
     return {
         "NO_ALBUMENTATIONS_UPDATE": "1",
@@ -159,12 +155,12 @@ def _environment() -> dict[str, str]:
     }
 
 
-# The command that runs beside.
+# The sidecar.
 
 
 @contextmanager
-def _sidecar(config: DownloadConfig, table: Path, logs: Path) -> Iterator[subprocess.Popen]:
-    """Run the sidecar; ready as soon as the host of the table's first URL accepts connections."""
+def _sidecar(config: DownloadConfig, table: Path, logs: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the sidecar inside the block, once the host of the table's first URL accepts connections."""
     host, port = _first_host(table)
     log = logs / "sidecar.log"
     with guarded(config.sidecar, log) as process:
@@ -179,7 +175,7 @@ def _sidecar(config: DownloadConfig, table: Path, logs: Path) -> Iterator[subpro
         yield process
 
 
-def _check_sidecar(process: subprocess.Popen, log: Path) -> None:
+def _check_sidecar(process: subprocess.Popen[bytes], log: Path) -> None:
     if process.poll() is not None:
         raise KoalaError(f"download.sidecar ended: {last_line(log).removeprefix('koala: ')}")
 
@@ -204,19 +200,19 @@ def _accepts(host: str, port: int) -> bool:
 
 
 def _watch(
-    process: subprocess.Popen,
-    sidecar: subprocess.Popen | None,
+    process: subprocess.Popen[bytes],
+    sidecar: subprocess.Popen[bytes] | None,
     shards: Path,
     done: int,
     config: DownloadConfig,
     logs: Path,
 ) -> Iterator[None]:
-    """Yield once for each shard that gets finished, until the process ends.
+    """Yield once per finished shard, until the process ends.
 
-    Raises KoalaError where the sidecar ends (the rows after it would all fail), or where img2dataset stands still: it
-    waits for ever for a worker that was killed, for want of memory say.
+    Raises KoalaError if the sidecar ends, since all later rows would fail, or if img2dataset makes no progress: it waits
+    for ever for a worker that was killed, by the out-of-memory killer for example.
     """
-    patience = 300 + 400 * config.timeout * (config.retries + 1) / config.threads
+    patience = 300 + 400 * config.timeout * (config.retries + 1) / config.machine.threads
     last, moved = _footprint(shards), time.monotonic()
     ended = False
     while not ended:
@@ -229,21 +225,19 @@ def _watch(
         if (footprint := _footprint(shards)) != last:
             last, moved = footprint, time.monotonic()
         elif time.monotonic() - moved > patience:
-            raise KoalaError(
-                f"img2dataset has stood still for {patience:.0f} s (see {logs}): run again, it goes on from here"
-            )
+            raise KoalaError(f"img2dataset has stood still for {patience:.0f} s (see {logs}): run again to resume")
         if not ended:
             time.sleep(POLL_SECONDS)
 
 
 def _footprint(shards: Path) -> tuple[int, int]:
-    """Files and bytes there are: they grow as long as images come."""
+    """Return the number of files and their bytes, which grow as long as images arrive."""
     sizes = [entry.stat().st_size for entry in os.scandir(shards)]
     return len(sizes), sum(sizes)
 
 
 def _stats(shards: Path) -> dict[str, dict[str, Any]]:
-    """What img2dataset counted, for the finished shards. A file that is just being written counts as not there."""
+    """Return img2dataset's counts of each finished shard. A file that is still being written is ignored."""
     found = {}
     for file in sorted(shards.glob("*_stats.json")):
         try:
@@ -254,17 +248,17 @@ def _stats(shards: Path) -> dict[str, dict[str, Any]]:
 
 
 def _discard_unfinished(shards: Path, empty: bool = True) -> None:
-    """Remove the stats of shards that are to be done again: img2dataset holds whatever has a stats file for done.
+    """Remove the stats file of shards that must be fetched again: img2dataset skips shards that have one.
 
-    That is a stats file cut short, a shard that lost rows (a full disk), and, where `empty`, one without a single image
-    (a network that was down).
+    Those are shards with a truncated stats file, shards that lost rows (full disk) and, if `empty`, shards without a
+    single image (network down).
     """
     import pyarrow.parquet as pq
 
-    whole = _stats(shards)
+    readable = _stats(shards)
     for file in shards.glob("*_stats.json"):
         shard = file.name.removesuffix("_stats.json")
-        stats = whole.get(shard)
+        stats = readable.get(shard)
         if (
             stats is None
             or pq.read_metadata(shards / f"{shard}.parquet").num_rows != stats["count"]
@@ -273,11 +267,11 @@ def _discard_unfinished(shards: Path, empty: bool = True) -> None:
             file.unlink()
 
 
-# What came of it.
+# The summary.
 
 
 def summarise(shards: Path) -> dict[str, Any]:
-    """Rows by status, the share that succeeded, and the most frequent error messages with their counts."""
+    """Return the number of rows by status, the share that succeeded, and the most frequent errors with their counts."""
     status: Counter[str] = Counter()
     errors: Counter[str] = Counter()
     for stats in _stats(shards).values():
@@ -299,23 +293,23 @@ def summarise(shards: Path) -> dict[str, Any]:
 
 
 def _kind_of_error(message: str) -> str:
-    """A message without what differs from one picture to the next, and without what a terminal would obey."""
+    """Normalise an error message for counting: digits become N, control characters are removed."""
     text = re.sub(r"(?<!Error )(?<!Errno )\b\d+\b", "N", message)
     return "".join(character for character in text if character.isprintable())[:80]
 
 
 def plot(stats: dict[str, Any]) -> "Figure":
-    """Bars: the images that came, and the others by error message."""
-    from koala.data.plots import bars
+    """Plot images downloaded, and failures by error message."""
+    from koala.plots import bars
 
     return bars({"success": stats["status"]["success"]} | stats["errors"], "rows", f"{stats['rows']} rows of the table")
 
 
 if __name__ in ("__main__", "__mp_main__"):  # here, and in the processes that img2dataset spawns
-    # webdataset does without torch where there is none: each process starts in half the time and is 200 MB smaller.
+    # webdataset works without torch: each process starts in half the time and is 200 MB smaller.
     sys.modules["torch"] = None  # type: ignore[assignment]
 
 if __name__ == "__main__":
-    from img2dataset import download
+    import img2dataset
 
-    download(**json.loads(sys.argv[1]))
+    img2dataset.download(**json.loads(sys.argv[1]))

@@ -1,15 +1,16 @@
-"""The stage `encode`: kept images to latents of the teacher's VAE, each with the crop, size and flip it was encoded with.
+"""The stage `encode`: images as latents of the teacher's VAE, each with its crop, size and flip.
 
-Shard by shard: a shard of kept images is done when its parquet file stands in the resume folder, which is written last.
+Works shard by shard. A shard is finished when its parquet file is in `out`, which is written last: a killed run resumes
+after the last finished shard. The format is described in koala.data.latents.
 """
 
 import io
 import json
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from koala.console import progress
@@ -25,13 +26,7 @@ from koala.data.config import EncodeConfig
 from koala.data.latents import COLUMNS
 from koala.data.shards import Sample, read_shard, shards
 from koala.errors import KoalaError
-from koala.provenance import data_hash
-from koala.tracking import hash_tags
-from koala.work import finish, resume_folder
-
-if TYPE_CHECKING:
-    from koala.config import Params
-    from koala.tracking import StageRun
+from koala.run import Run
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -39,39 +34,71 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Crop:
-    """How an image was fitted to a bucket: resized to cover it, and cut at `top`, `left` of the resized image (px)."""
+    """How an image was fitted to a bucket: resized to cover it, then cropped."""
 
     bucket: Size
+    """Size of the crop."""
     top: int
+    """Pixels of the resized image above the crop."""
     left: int
+    """Pixels to the left of the crop, after the flip."""
     flipped: bool
+    """Whether the image was mirrored horizontally."""
 
 
-def run(params: "Params", run: "StageRun") -> None:
-    """Encode every kept shard, and put latents and captions at `params.out("encode")`."""
-    config = params.encode
-    kept, teacher = params.need("filter"), params.need("teacher")
-    inputs = {"filter": data_hash(kept), "teacher": data_hash(teacher)}
-    run.tags(hash_tags(filter=kept, teacher=teacher))
-    work = resume_folder("encode", config=config.model_dump(mode="json"), inputs=inputs)
-    vae = AutoencoderKL.from_pretrained(teacher, subfolder="vae", use_safetensors=True, local_files_only=True)
-    vae = vae.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    _check_buckets(config, vae)
+def encode(config: EncodeConfig, kept: Path, teacher: Path, out: Path, run: Run) -> None:
+    """Encode every shard of `kept` with the VAE of `teacher`; shards already in `out` are left as they are.
+
+    Any webdataset shards will do: a sample is an image, its caption (.txt) and, if known, its original size (.json).
+    Raises KoalaError if there is no sample, an image cannot be decoded, or the VAE does not divide a bucket.
+    """
     files = shards(kept)
-    for file in progress(files, "encode"):
-        if not (work / f"{file.stem}.parquet").is_file():
-            encode_shard(file, work, vae, config)
+    if not files:
+        raise KoalaError(f"{kept} holds no shards (.tar): run `dvc repro filter` again, or name another folder")
+    vae = load_vae(teacher)
+    _check_buckets(config, vae)
+    pending = [file for file in files if not (out / f"{file.stem}.parquet").is_file()]
+    for file in progress(pending, "encode: shards", total=len(files), done=len(files) - len(pending)):
+        encode_shard(file, out, vae, config)
 
-    rows = sum(pq.read_metadata(file).num_rows for file in work.glob("*.parquet"))
-    stats = {"samples": rows, "shards": len(files), "latent_std": _spread(work)}
-    (work / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
+    rows = sum(pq.read_metadata(file).num_rows for file in out.glob("*.parquet"))
+    if not rows:
+        raise KoalaError(f"the shards of {kept} hold no images (.jpg, .png or .webp): nothing to encode")
+    stats = {"samples": rows, "shards": len(files), "latent_std": _latent_std(out)}
+    (out / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
     run.metrics(stats)
-    finish(work, params.out("encode"))
+
+
+def load_vae(teacher: Path) -> AutoencoderKL:
+    """Load the VAE of a pipeline folder in the type of its weights, on the GPU if there is one.
+
+    A VAE that overflows in float16 (`force_upcast` in its configuration: SDXL's own) is loaded in float32.
+    """
+    vae = AutoencoderKL.from_pretrained(
+        teacher, subfolder="vae", torch_dtype=_stored_type(teacher / "vae"), use_safetensors=True, local_files_only=True
+    )
+    if vae.dtype == torch.float16 and vae.config.force_upcast:
+        vae = vae.float()
+    return vae.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _stored_type(folder: Path) -> torch.dtype:
+    """Return the floating-point type of a model's weights on disk."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            tensor: Tensor = weights.get_tensor(next(iter(weights.keys())))
+            return tensor.dtype
+    return torch.float32
 
 
 @torch.no_grad()
 def encode_shard(file: Path, folder: Path, vae: AutoencoderKL, config: EncodeConfig) -> None:
-    """Write the latents of one shard, a file for each bucket, then its parquet: means of the posterior, scaled."""
+    """Write the latents of one shard (means of the posterior, scaled): a file per bucket, then the shard's parquet.
+
+    Raises KoalaError if an image cannot be decoded.
+    """
     waiting: dict[Size, list[tuple[Sample, Crop, Tensor, Size]]] = defaultdict(list)
     rows: list[dict[str, object]] = []
     latents: dict[Size, list[Tensor]] = defaultdict(list)
@@ -81,31 +108,45 @@ def encode_shard(file: Path, folder: Path, vae: AutoencoderKL, config: EncodeCon
         pixels = torch.stack([pixels for *_, pixels, _ in batch]).to(vae.device, vae.dtype)
         encoded = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
         for (sample, crop, _, original), latent in zip(batch, encoded, strict=True):
-            rows.append(_row(sample, crop, original, _file(file, bucket), len(latents[bucket])))
+            rows.append(_row(sample, crop, original, _latents_file(file, bucket), len(latents[bucket])))
             latents[bucket].append(latent.to("cpu", getattr(torch, config.dtype)))
 
     for sample in read_shard(file):
-        image = Image.open(io.BytesIO(sample.image)).convert("RGB")
+        image = _decode(sample, file)
         crop, pixels = fit(image, sample.key, config)
-        original = (int(sample.meta["original_height"]), int(sample.meta["original_width"]))
-        waiting[crop.bucket].append((sample, crop, pixels, original))
-        if len(waiting[crop.bucket]) == config.batch_size:
+        waiting[crop.bucket].append((sample, crop, pixels, _original_size(sample, image)))
+        if len(waiting[crop.bucket]) == config.machine.batch_size:
             flush(crop.bucket)
     for bucket in list(waiting):
         flush(bucket)
 
     for bucket, tensors in latents.items():
-        save_file({"latents": torch.stack(tensors)}, folder / _file(file, bucket))
+        save_file({"latents": torch.stack(tensors)}, folder / _latents_file(file, bucket))
     rows.sort(key=lambda row: str(row["key"]))
-    partial = folder / f"{file.stem}.partial"
-    pq.write_table(pa.Table.from_pylist(rows, COLUMNS), partial)
-    partial.rename(folder / f"{file.stem}.parquet")
+    unfinished = folder / f"{file.stem}.part"
+    pq.write_table(pa.Table.from_pylist(rows, COLUMNS), unfinished)
+    os.replace(unfinished, folder / f"{file.stem}.parquet")
+
+
+def _decode(sample: Sample, file: Path) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(sample.image)).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise anything on broken bytes
+        raise KoalaError(
+            f"cannot decode the image {sample.key} of {file} ({type(error).__name__}): filter the shards first"
+        ) from None
+
+
+def _original_size(sample: Sample, image: Image.Image) -> Size:
+    """Return the size before the download resized the image; the image's own if not recorded."""
+    height, width = sample.meta.get("original_height"), sample.meta.get("original_width")
+    return (int(height), int(width)) if height and width else (image.height, image.width)
 
 
 def fit(image: Image.Image, key: str, config: EncodeConfig) -> tuple[Crop, Tensor]:
-    """Resize an image to cover the bucket nearest in aspect, and cut: the crop, and pixels 3 x H x W in -1..1.
+    """Resize an image to cover its bucket and crop it. Return the crop, and pixels 3 x H x W in -1..1.
 
-    Where the cut falls and whether the image is flipped follow from the seed and the sample's key.
+    The random crop and flip are a function of the seed and the sample's key.
     """
     random = np.random.default_rng((config.seed, *key.encode()))
     height, width = bucket = nearest_bucket(image.height / image.width, config.buckets)
@@ -128,7 +169,7 @@ def fit(image: Image.Image, key: str, config: EncodeConfig) -> tuple[Crop, Tenso
 
 
 def nearest_bucket(aspect: float, buckets: Sequence[Size]) -> Size:
-    """The bucket whose height over width is nearest to `aspect`, by their ratio."""
+    """Return the bucket whose height over width has the smallest ratio to `aspect`."""
     return min(buckets, key=lambda bucket: abs(np.log(aspect * bucket[1] / bucket[0])))
 
 
@@ -148,7 +189,7 @@ def _row(sample: Sample, crop: Crop, original: Size, file: str, row: int) -> dic
     }
 
 
-def _file(shard: Path, bucket: Size) -> str:
+def _latents_file(shard: Path, bucket: Size) -> str:
     return f"{shard.stem}-{bucket[0]}x{bucket[1]}.safetensors"
 
 
@@ -159,9 +200,7 @@ def _check_buckets(config: EncodeConfig, vae: AutoencoderKL) -> None:
             raise KoalaError(f"encode.buckets has {height} x {width}: sides must be multiples of the VAE's {factor} px")
 
 
-def _spread(folder: Path) -> float:
-    """The latents' standard deviation (near 1 where the VAE's scaling factor fits the data), from one file."""
-    from safetensors.torch import load_file
-
-    file = next(iter(sorted(folder.glob("*.safetensors"))))
+def _latent_std(folder: Path) -> float:
+    """Return the standard deviation of one file's latents: near 1 if the VAE's scaling factor fits the data."""
+    file = min(folder.glob("*.safetensors"))
     return float(load_file(file)["latents"].float().std())

@@ -1,7 +1,7 @@
-"""Encoded samples on disk: what `encode` writes and distillation reads.
+"""Encoded samples on disk, as the stage `encode` writes and distillation reads them.
 
-For every shard of kept images, NAME: `NAME.parquet`, a row a sample (columns: COLUMNS), and `NAME-HxW.safetensors` for
-each bucket of H x W pixels that the shard has samples of, with one tensor `latents`, n x 4 x h x w, scaled.
+A shard NAME of images becomes `NAME.parquet`, one row per sample (see COLUMNS), and one `NAME-HxW.safetensors` for each
+bucket of H x W pixels that has samples in it. That file holds one tensor `latents`, n x 4 x h x w, scaled.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ COLUMNS = pa.schema(
     {
         "key": pa.string(),
         "caption": pa.string(),
-        "file": pa.string(),  # the safetensors file that holds the latent, and its row there
-        "row": pa.int32(),
+        "file": pa.string(),  # safetensors file that holds the latent
+        "row": pa.int32(),  # index of the latent in that file
         "bucket_height": pa.int32(),
         "bucket_width": pa.int32(),
-        "original_height": pa.int32(),  # of the image before it was resized, as SDXL is told
+        "original_height": pa.int32(),  # of the image before any resizing: SDXL's original_size
         "original_width": pa.int32(),
-        "crop_top": pa.int32(),  # of the bucket within the resized image
+        "crop_top": pa.int32(),  # of the bucket within the resized image: SDXL's crop coordinates
         "crop_left": pa.int32(),
         "flipped": pa.bool_(),
     }
@@ -37,17 +37,21 @@ COLUMNS = pa.schema(
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """latent: 4 x h x w, scaled by the VAE's factor; time_ids: SDXL's six (original, crop, target; height first), px."""
+    """A latent with SDXL's conditioning."""
 
     latent: Tensor
+    """4 x h x w, scaled by the VAE's factor."""
     caption: str
+    """Text prompt."""
     time_ids: tuple[int, ...]
+    """SDXL's six sizes in pixels: original, crop, target; height first."""
 
 
 class LatentSet:
-    """All encoded samples of a folder, by number. Latents stay on disk until they are asked for."""
+    """All encoded samples of a folder, by index. Latents are read from disk when a sample is requested."""
 
     def __init__(self, folder: Path) -> None:
+        """Read the samples' captions and sizes. Raises KoalaError if `folder` holds no samples."""
         tables = [pq.read_table(file, schema=COLUMNS) for file in sorted(folder.glob("*.parquet"))]
         if not tables or not sum(map(len, tables)):
             raise KoalaError(f"{folder} holds no encoded samples: run `dvc repro encode` first")
@@ -56,10 +60,12 @@ class LatentSet:
         self._open: dict[str, Any] = {}
 
     def __len__(self) -> int:
+        """Return the number of samples."""
         return len(self._table)
 
-    def __getitem__(self, number: int) -> EncodedSample:
-        row = self._table.slice(number, 1).to_pylist()[0]
+    def __getitem__(self, index: int) -> EncodedSample:
+        """Read one sample."""
+        row = self._table.slice(index, 1).to_pylist()[0]
         latents = self._file(row["file"]).get_slice("latents")
         bucket = (row["bucket_height"], row["bucket_width"])
         time_ids = (row["original_height"], row["original_width"], row["crop_top"], row["crop_left"], *bucket)
@@ -67,20 +73,22 @@ class LatentSet:
 
     @cached_property
     def buckets(self) -> dict[tuple[int, int], np.ndarray]:
-        """Numbers of the samples in each bucket, (height, width) in pixels."""
+        """Indices of the samples in each bucket (height, width) in pixels."""
         sizes = np.stack([self._table[f"bucket_{side}"].to_numpy() for side in ("height", "width")], axis=1)
         return {
             (int(height), int(width)): np.flatnonzero((sizes == (height, width)).all(axis=1))
             for height, width in np.unique(sizes, axis=0)
         }
 
-    def captions(self, numbers: Sequence[int]) -> list[str]:
-        """The captions of some samples."""
-        return self._table["caption"].take(pa.array(numbers)).to_pylist()
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        """Return the captions of some samples."""
+        captions: list[str] = self._table["caption"].take(pa.array(indices)).to_pylist()
+        return captions
 
-    def keys(self, numbers: Sequence[int]) -> list[str]:
-        """The keys of some samples, as the filter's report has them."""
-        return self._table["key"].take(pa.array(numbers)).to_pylist()
+    def keys(self, indices: Sequence[int]) -> list[str]:
+        """Return the keys of some samples, as in the shards of images."""
+        keys: list[str] = self._table["key"].take(pa.array(indices)).to_pylist()
+        return keys
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
@@ -88,5 +96,5 @@ class LatentSet:
         return self._open[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Open files do not travel to the processes that load data; each opens its own.
+        """Return the state without open files, which cannot be sent to data loader workers: each opens its own."""
         return {**self.__dict__, "_open": {}}

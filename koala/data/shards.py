@@ -2,8 +2,8 @@
 
     00000.tar:  000000012.jpg  000000012.txt  000000012.json  000000015.jpg  ...
 
-Reading sorts samples by key, whatever the order in the file, and unpickles nothing. Writing gives the same bytes for
-the same samples, so that DVC sees no change where there is none.
+Reading sorts samples by key, whatever their order in the file, and unpickles nothing. Writing is deterministic: equal
+samples give equal bytes, so that DVC sees no change.
 """
 
 import io
@@ -20,37 +20,43 @@ IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
 
 @dataclass(frozen=True)
 class Sample:
-    """An image and what is known of it.
-
-    image: the encoded file; extension: of the image, without a dot; meta: img2dataset's JSON (url, width, height,
-    original_width, original_height, sha256 of the file that was fetched) and the columns of scores.
-    """
+    """An encoded image with its caption and metadata."""
 
     key: str
+    """Name of the sample's members, without the extension."""
     image: bytes
+    """Encoded image."""
     extension: str
+    """Extension of the image, without the dot."""
     caption: str
+    """Caption; empty if the shard has none."""
     meta: dict[str, Any]
+    """img2dataset's JSON (url, width, height, original_width, original_height, sha256 of the fetched file) with scores."""
 
 
 def shards(folder: Path) -> list[Path]:
-    """The folder's tar files, in order."""
+    """Return the folder's tar files, ordered by name."""
     return sorted(folder.glob("*.tar"))
 
 
 def read_shards(folder: Path) -> Iterator[Sample]:
-    """All samples of the folder's shards: shards in order of name, samples in order of key."""
+    """Yield all samples of a folder: shards ordered by name, samples by key."""
     for shard in shards(folder):
         yield from read_shard(shard)
 
 
 def read_shard(shard: Path) -> Iterator[Sample]:
-    """A shard's samples in order of key; members of a sample that lacks an image are skipped."""
+    """Yield the samples of a shard, ordered by key. Members without an image of the same key are skipped.
+
+    Keys are webdataset's: a member's path up to the first dot of its file name.
+    """
     with tarfile.open(shard, "r:") as tar:
         members: dict[str, dict[str, tarfile.TarInfo]] = {}
         for member in tar.getmembers():
-            key, _, extension = member.name.partition(".")
-            members.setdefault(key, {})[extension.lower()] = member
+            folder, slash, name = member.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            if member.isfile() and stem:
+                members.setdefault(folder + slash + stem, {})[extension.lower()] = member
         for key in sorted(members):
             parts = members[key]
             images = sorted(parts.keys() & IMAGE_EXTENSIONS)
@@ -66,9 +72,10 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> bytes:
 
 
 class ShardWriter:
-    """Writes samples to 00000.tar, 00001.tar, ... of `shard_size` samples each. A context manager."""
+    """A context manager that writes samples to 00000.tar, 00001.tar, ..."""
 
     def __init__(self, folder: Path, shard_size: int) -> None:
+        """Write to `folder`, `shard_size` samples per shard."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._shard_size = shard_size
@@ -76,6 +83,7 @@ class ShardWriter:
         self._tar: tarfile.TarFile | None = None
 
     def write(self, sample: Sample) -> None:
+        """Append a sample, to a new shard if the current one is full."""
         if self._written % self._shard_size == 0:
             self._close()
             shard = self._folder / f"{self._written // self._shard_size:05d}.tar"
@@ -86,7 +94,7 @@ class ShardWriter:
         self._written += 1
 
     def _add(self, name: str, content: bytes) -> None:
-        # A fresh TarInfo holds no time, owner or umask of this machine.
+        # A new TarInfo holds no time, owner or umask of this machine.
         member = tarfile.TarInfo(name)
         member.size = len(content)
         assert self._tar is not None
@@ -98,9 +106,11 @@ class ShardWriter:
             self._tar = None
 
     def __enter__(self) -> "ShardWriter":
+        """Return the writer."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Close the last shard."""
         self._close()

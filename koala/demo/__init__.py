@@ -1,1 +1,1 @@
-"""What makes the pipeline run with no data and no weights from outside: drawn pictures, a server, a tiny teacher."""
+"""Images of simple shapes, and what the demo needs around them to run without a network: a server, a table, a checker."""

@@ -1,9 +1,9 @@
-"""Pictures whose captions can be checked: a shape of a size and a colour on a background, drawn, told and read back.
+"""Images whose captions can be checked: a shape of a size and colour on a background, drawn, captioned and read back.
 
 scene = sample_scene(seed=1, index=7)
-picture = draw(scene, 64)                       # PIL.Image, 64 x 64
+image = draw(scene, 64)                         # PIL.Image, 64 x 64
 caption(scene, seed=1, index=7)                 # "a large red circle on a white background"
-read(picture) == scene.attributes               # size, colour, shape, background: seen in the pixels alone
+read(image) == scene.attributes                 # size, colour, shape, background, read from the pixels only
 """
 
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (12, 12, 12),
 }
 SHAPES = ("circle", "square", "triangle")
-# Half the side of a square as large in area as the shape, over the picture's side.
 SIZES: dict[str, float] = {"small": 0.19, "large": 0.27}
+"""Scale of each size: half the side of a square with the shape's area, relative to the image's side."""
 
-# Corners or radius of each shape of area 4 (the square of half side 1), around its centre of mass.
+# For shapes of area 4, as the square of half side 1.
 _CIRCLE_RADIUS = (4 / np.pi) ** 0.5
 _TRIANGLE_SIDE = (16 / 3**0.5) ** 0.5
 
@@ -43,7 +43,7 @@ PHRASES = (
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a caption says of a picture, and what `read` sees in it."""
+    """The facts about an image that its caption states and `read` recovers."""
 
     size: str
     colour: str
@@ -53,15 +53,16 @@ class Attributes:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is drawn: its attributes, and what a caption leaves open.
-
-    x, y: the shape's centre of mass; scale: half the side of the square of the same area. All over the picture's side.
-    """
+    """An image before it is drawn: its attributes, and place and exact size, which the caption leaves open."""
 
     attributes: Attributes
+    """What the caption states."""
     x: float
+    """Centre of mass from the left, relative to the image's side."""
     y: float
+    """Centre of mass from the top, relative to the image's side."""
     scale: float
+    """Half the side of a square with the shape's area, relative to the image's side."""
 
 
 ALL_ATTRIBUTES = tuple(
@@ -71,7 +72,7 @@ ALL_ATTRIBUTES = tuple(
 
 
 def sample_scene(seed: int, index: int) -> Scene:
-    """The scene number `index` of the series `seed`: all attributes equally often, place and exact size at random."""
+    """Return scene `index` of series `seed`. Attributes are uniform, place and exact size random."""
     random = np.random.default_rng((seed, index))
     attributes = ALL_ATTRIBUTES[random.integers(len(ALL_ATTRIBUTES))]
     return _place(attributes, random)
@@ -85,18 +86,18 @@ def _place(attributes: Attributes, random: np.random.Generator) -> Scene:
 
 
 def caption(scene: Scene, seed: int, index: int) -> str:
-    """A true sentence about the scene, in one of several phrasings."""
+    """Return a true sentence about the scene, in one of several phrasings."""
     phrase = PHRASES[np.random.default_rng((seed, index, 1)).integers(len(PHRASES))]
     return describe(scene.attributes, phrase)
 
 
 def describe(attributes: Attributes, phrase: str = PHRASES[0]) -> str:
-    """`a large red circle on a white background`."""
+    """Return a caption such as `a large red circle on a white background`."""
     return phrase.format(**vars(attributes))
 
 
 def draw(scene: Scene, side: int, oversample: int = 4) -> Image.Image:
-    """Draw the scene, `side` x `side` pixels, edges smoothed."""
+    """Draw the scene, `side` x `side` pixels, antialiased."""
     big = side * oversample
     image = Image.new("RGB", (big, big), BACKGROUNDS[scene.attributes.background])
     ink = COLOURS[scene.attributes.colour]
@@ -110,7 +111,7 @@ def draw(scene: Scene, side: int, oversample: int = 4) -> Image.Image:
 
 
 def _outline(shape: str, x: float, y: float, scale: float) -> list[tuple[float, float]]:
-    """A box (circle) or corners, of area 4 scale^2 and centre of mass x, y."""
+    """Return the corners (of a circle, its bounding box) of a shape with area 4 scale^2 and centre of mass x, y."""
     if shape == "circle":
         radius = scale * _CIRCLE_RADIUS
         return [(x - radius, y - radius), (x + radius, y + radius)]
@@ -121,17 +122,17 @@ def _outline(shape: str, x: float, y: float, scale: float) -> list[tuple[float, 
     return [(x, y - height * 2 / 3), (x + side / 2, y + height / 3), (x - side / 2, y + height / 3)]
 
 
-# Reading. The background is what the border shows; the shape is whatever lies far from it in colour; of it the colour,
-# area and outline are compared with what could have been drawn.
-_LEAST_CONTRAST = 60  # of shape and background, as a distance of RGB values
-_PRESENT = 0.01  # of the picture must differ from the background, or there is no shape
-_LEAST_OVERLAP = 0.75  # of the best outline and the shape seen (intersection over union), or it is no shape
+# Reading. The border gives the background; the shape is what differs from it in colour. Colour, area and outline of the
+# shape are compared with those that `draw` can produce.
+_LEAST_CONTRAST = 60  # distance of shape and background in RGB
+_PRESENT = 0.01  # share of the image that must differ from the background
+_LEAST_OVERLAP = 0.75  # intersection over union of the shape and the best outline
 
 
 def read(image: Image.Image) -> Attributes | None:
-    """What a picture shows, read from its pixels alone; None where it shows no shape that `draw` could have drawn.
+    """Read an image's attributes from its pixels; return None if it shows no shape that `draw` can produce.
 
-    Right for at least 99 % of drawn pictures of 32 px and more (tested).
+    Correct for at least 99 % of drawn images of 32 px and more (tested).
     """
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     side = pixels.shape[0]
@@ -156,13 +157,14 @@ def read(image: Image.Image) -> Attributes | None:
 
 
 def _coverage(pixels: np.ndarray, ground: np.ndarray, ink: np.ndarray) -> np.ndarray:
-    """How much of each pixel the shape covers, 0 to 1: height x width.
+    """Return the share of each pixel that the shape covers, 0 to 1: height x width.
 
-    It is how far the pixel's colour is on the way from the background's to the shape's, steepened about the middle: an
-    edge stays where it is, a faint haze around the shape does not count.
+    The share is the pixel's position between background and shape colour, made steeper around the middle. An edge stays
+    in place, and a faint haze around the shape does not count.
     """
     axis = ink - ground
-    return np.clip(((pixels - ground) @ axis / (axis @ axis) - 0.25) * 2, 0, 1)
+    cover: np.ndarray = np.clip(((pixels - ground) @ axis / (axis @ axis) - 0.25) * 2, 0, 1)
+    return cover
 
 
 def _nearest(colour: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str:
@@ -170,7 +172,7 @@ def _nearest(colour: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str:
 
 
 def _best_outline(cover: np.ndarray, scale: float) -> tuple[str, float]:
-    """The shape that, drawn with the area and centre of mass of what is seen, overlaps it most; and that overlap."""
+    """Return the shape that overlaps `cover` most when drawn with its area and centre of mass, and that overlap."""
     side = cover.shape[0]
     rows, columns = np.mgrid[:side, :side] + 0.5
     total = cover.sum()
@@ -184,7 +186,7 @@ def _best_outline(cover: np.ndarray, scale: float) -> tuple[str, float]:
 
 
 def _mask(shape: str, x: float, y: float, scale: float, side: int, oversample: int = 4) -> np.ndarray:
-    """The coverage that a shape would have, drawn at x, y (pixels): height x width."""
+    """Return the coverage of a shape drawn at x, y (pixels): height x width."""
     image = Image.new("L", (side * oversample, side * oversample))
     outline = _outline(shape, x * oversample, y * oversample, scale * oversample)
     pen = ImageDraw.Draw(image)

@@ -1,28 +1,29 @@
 """Parameters of distillation."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from koala.section import Section
+from koala.config import Config
+from koala.evaluate.config import SamplingConfig
 
 FeatureKind = Literal["self_attention", "cross_attention", "feed_forward", "residual", "last"]
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 
-class FeatureConfig(Section):
-    """One kind of feature that the student learns to reproduce, and where.
-
-    stages: names (DW1, Mid, UP2 ...); left out: every stage that has the kind.
-    layers: of the student's transformers, counted from 0; left out: all. Only kinds of a transformer layer have them.
-    match: which of the teacher's transformer layers a shallower student's are compared with.
-    after_residual: take attention and feed-forward features after the residual add, not before it.
-    """
+class FeatureConfig(Config):
+    """One kind of feature that the student learns to reproduce, and where."""
 
     kind: FeatureKind
+    """Which feature: the output of an attention or feed-forward layer, of a residual block, or the last of a stage."""
     stages: tuple[str, ...] | None = None
+    """Names of stages (DW1, Mid, UP2, ...); left out: every stage that has the kind."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Indices of the student's transformer layers, from 0; left out: all. Only kinds of a transformer layer have them."""
     match: Literal["first", "interleaved", "last"] = "first"
+    """Which of the teacher's transformer layers a shallower student's are compared with."""
     after_residual: bool = False
+    """Take attention and feed-forward features after the residual add instead of before it."""
 
     @property
     def of_layers(self) -> bool:
@@ -38,81 +39,103 @@ class FeatureConfig(Section):
         return self
 
 
-class LossWeights(Section):
+class LossWeights(Config):
     """Weights of the objective's terms (KOALA: all 1)."""
 
     task: float = Field(default=1.0, ge=0)
+    """Weight of the error against the noise that was added. A few-step teacher's student takes 0: the noise is no
+    answer that few steps can give, and this term would pull the student towards the mean of all answers."""
     output: float = Field(default=1.0, ge=0)
+    """Weight of the error against the teacher's output."""
     feature: float = Field(default=1.0, ge=0)
+    """Weight of every stage's feature term."""
 
 
-class Computation(Section):
-    """How the recipe is computed: speed, memory and what is shown of it, not what is learnt.
+class DistillMachine(Config):
+    """Settings that change speed, memory or logging, but not what is trained. They may change while a run is interrupted."""
 
-    A run that was stopped goes on when these change.
-
-    launch: the accelerate configuration file; how many processes and which devices is its matter alone.
-    compile: the transformer layers of both U-Nets, one by one (torch.compile).
-    ema_offload: keep the moving average in the host's memory between steps.
-    deterministic: on a GPU, kernels whose sums have one order, so that two runs agree to the bit; a CPU's always do.
-    """
-
-    launch: str
-    micro_batch: int = Field(gt=0, description="images of one forward pass on one device")
+    launch: str = "infra/accelerate/cpu.yaml"
+    """The accelerate configuration file; it alone sets the number of processes, the devices and the autocast dtype."""
+    micro_batch: int = Field(default=8, gt=0)
+    """Images of one forward pass on one device at most; the largest divisor of a process's share of the batch is taken."""
     gradient_checkpointing: bool = False
+    """Compute the student's blocks again in the backward pass instead of keeping their activations."""
     compile: bool = False
+    """Compile the transformer layers of both U-Nets, one by one (torch.compile)."""
     channels_last: bool = False
+    """Keep both U-Nets' convolutions in NHWC. Not with FSDP2, which shards contiguous parameters only."""
     ema_offload: bool = False
+    """Keep the EMA in the host's memory between steps."""
     deterministic: bool = False
-    workers: int = Field(default=0, ge=0, description="processes that load data, for each training process")
-    checkpoint_every: int = Field(gt=0, description="steps")
+    """On a GPU, use kernels that add in one order, so that two runs agree to the bit. A CPU's always do."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that load data, for each training process."""
+    checkpoint_every: int = Field(default=500, gt=0)
+    """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    log_every: int = Field(default=10, gt=0, description="steps")
-    validate_every: int = Field(gt=0, description="steps between grids of validation images")
-    validation_prompts: tuple[str, ...] = ()
-    validation_steps: int = Field(default=25, gt=0)
-    validation_guidance: float = 7.5
-    max_bad_steps: int = Field(
-        default=10, ge=1, description="stop after this many steps in a row with a non-finite gradient"
-    )
+    """Checkpoints that are kept."""
+    log_every: int = Field(default=10, gt=0)
+    """Steps between logged losses."""
+    validate_every: int = Field(default=1000, gt=0)
+    """Steps between grids of validation images."""
+    max_bad_steps: int = Field(default=10, ge=1)
+    """Stop after this many steps in a row with a non-finite gradient."""
 
 
-class DistillConfig(Computation):
-    """The recipe. `batch_size` counts the images of one optimiser step over all processes and accumulated micro-batches.
+class DistillConfig(Config):
+    """The recipe of distillation."""
 
-    features: `koala` (self-attention wherever there is some, and the last feature of stages without transformers),
-    `bk-sdm` (the last feature of every stage), or a list.
-    timesteps: those that a few-step teacher was made for; left out: all.
-    teacher_dtype: of the teacher's U-Net and text encoders. The student's weights are float32.
-    teacher_float8: the products of the teacher's transformer layers in float8 (koala.distill.float8).
-    """
+    untracked: ClassVar[frozenset[str]] = frozenset({"machine", "sampling"})
 
     steps: int = Field(gt=0)
+    """Optimizer steps."""
     batch_size: int = Field(gt=0)
+    """Images of one optimizer step, over all processes and accumulated micro-batches."""
     learning_rate: float = Field(gt=0)
+    """Peak learning rate."""
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup: int = Field(default=0, ge=0, description="steps")
+    """Learning rate after the warm-up. A run of a constant rate can be extended: more `steps` continue it."""
+    warmup: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    """adamw: fused AdamW; adamw-8bit: AdamW with 8-bit states (bitsandbytes)."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """Norm to which gradients are clipped."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of the EMA of the weights, which is released in place of the last weights; left out: no EMA."""
     features: Literal["koala", "bk-sdm"] | tuple[FeatureConfig, ...] = "koala"
+    """koala: self-attention wherever there is some, and the last feature of stages without transformers. bk-sdm: the last
+    feature of every stage. Or a list of features."""
     weights: LossWeights = LossWeights()
+    """Weights of the objective's terms."""
     min_snr_gamma: float | None = Field(default=None, gt=0)
+    """Gamma of Min-SNR weighting (Hang et al. 2023) of task and output terms; left out: no weighting."""
     timesteps: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
+    """Timesteps that a few-step teacher was made for; left out: all."""
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
-    teacher_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Share of samples trained on the unconditional input, which classifier-free guidance needs."""
+    teacher_dtype: Dtype = "float32"
+    """Dtype of the teacher's U-Net and text encoders. The student's weights are float32."""
     teacher_float8: bool = False
+    """Compute the matrix products of the teacher's transformer layers in float8 (koala.distill.float8)."""
     seed: int = 0
+    """Seed of the order of samples, the noise, the timesteps and the caption dropout."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How validation images are generated. Not tracked: it does not change what is trained."""
+    machine: DistillMachine = DistillMachine()
+    """Settings of speed, memory and logging. Not tracked."""
 
-    def learnt(self) -> dict[str, Any]:
-        """All that decides what is learnt: a run that was stopped goes on only where this is the same."""
-        return self.model_dump(mode="json", exclude=set(Computation.model_fields))
+    def resume_key(self) -> dict[str, Any]:
+        """Return what decides every step: a run at a constant rate continues when only `steps` grows."""
+        key = self.recipe()
+        if self.schedule == "constant":
+            del key["steps"]
+        return key
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.teacher_float8 and self.teacher_dtype != "bfloat16":
             raise ValueError("teacher_float8 gives bfloat16: set teacher_dtype to bfloat16")
-        if self.batch_size % self.micro_batch:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
         return self

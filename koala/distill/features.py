@@ -38,7 +38,7 @@ class FeaturePair:
 
 
 def feature_pairs(features: str | Sequence[FeatureConfig], stages: Sequence[Stage]) -> tuple[FeaturePair, ...]:
-    """The pairs that a configuration asks for, in the order of the forward pass for each kind.
+    """Return the pairs that a configuration asks for, in the order of the forward pass for each kind.
 
     `koala`: self-attention of every stage that has it, and the last feature of the outer stages, which have none (paper,
     section 3.3). `bk-sdm`: the last feature of every stage. Raises KoalaError for a stage or a layer that lacks the kind,
@@ -103,9 +103,9 @@ def _tap(config: FeatureConfig, stage: Stage, pair: int, layer: int) -> Tap:
 
 
 def match_layers(depth: int, full: int, how: Literal["first", "interleaved", "last"]) -> list[int]:
-    """For each of `depth` student layers, the one of the teacher's `full` layers that it is compared with.
+    """Return, for each of `depth` student layers, the one of the teacher's `full` layers that it is compared with.
 
-    first: 0, 1, 2 ...; last: the deepest; interleaved: spread evenly from the first to the last.
+    `first` gives 0, 1, 2, ...; `last` the deepest; `interleaved` spreads evenly from the first to the last.
     """
     if how == "first":
         return list(range(depth))

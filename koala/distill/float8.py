@@ -1,7 +1,8 @@
-"""The teacher's transformer layers with their products in float8: half their memory, and a GPU's highest rate.
+"""Float8 linear layers for the teacher's transformer layers: half their memory, and a GPU's highest rate.
 
-Weights are scaled by output channel when they are turned, inputs by token as they come; norms, attention, convolutions and
-what the product gives stay in bfloat16. GPUs have it from compute capability 8.9 (Ada, Hopper); a CPU computes the same.
+Weights are scaled by output channel when a layer is converted, inputs by token in each call. Norms, attention, convolutions
+and the layers' outputs stay in bfloat16. GPUs multiply float8 from compute capability 8.9 (Ada, Hopper). A CPU computes the
+same products, slowly. docs/decisions says why this is not torchao.
 """
 
 import torch
@@ -14,23 +15,26 @@ from koala.errors import KoalaError
 
 CAPABILITY = (8, 9)
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
-_ALIGNMENT = 16  # of a product's inner and outer side, as GPUs ask
+_SMALLEST_ROW = 1e-12  # a row of zeros, as of the states of a dropped caption, must not be divided by 0
+_ALIGNMENT = 16  # of both sides of a weight matrix, as GPUs require
 
 
 class Float8Linear(nn.Module):
-    """A frozen linear layer, x B x ... x in to B x ... x out in bfloat16, that multiplies in float8 (e4m3)."""
+    """A frozen linear layer that multiplies in float8 (e4m3): B x ... x in to B x ... x out, bfloat16."""
 
     def __init__(self, linear: nn.Linear) -> None:
+        """Quantize the layer's weight. The bias is shared with `linear`."""
         super().__init__()
-        weight, scale = _scaled(linear.weight.detach())
-        # As bytes, which every backend of distributed training can send.
+        weight, scale = _quantize(linear.weight.detach())
+        # Stored as bytes: DDP broadcasts every parameter, and gloo cannot send float8.
         self.weight = nn.Parameter(weight.view(torch.uint8), requires_grad=False)
         self.scale = nn.Parameter(scale.t().contiguous(), requires_grad=False)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, scale = _scaled(x.flatten(0, -2))
-        out = F.scaled_mm(
+        """Quantize `x` by token and multiply."""
+        rows, scale = _quantize(x.flatten(0, -2))
+        out: Tensor = F.scaled_mm(
             rows,
             self.weight.view(torch.float8_e4m3fn).t(),
             scale,
@@ -43,14 +47,14 @@ class Float8Linear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows N x K as float8 that fill its range, and what they are to be multiplied by: N x 1, float32."""
-    scale = rows.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / _LARGEST
+def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows N x K as float8 that fill its range, and the factor that restores each: N x 1, float32."""
+    scale = rows.abs().amax(-1, keepdim=True).float().clamp(min=_SMALLEST_ROW) / _LARGEST
     return (rows.float() / scale).to(torch.float8_e4m3fn), scale
 
 
 def convert(teacher: UNet2DConditionModel) -> None:
-    """Turn the linear layers of a frozen U-Net's transformer layers, in place. The U-Net is in bfloat16 already."""
+    """Replace the linear layers of a frozen bfloat16 U-Net's transformer layers, in place."""
     for block in teacher.modules():
         if type(block).__name__ != "BasicTransformerBlock":
             continue
@@ -61,12 +65,12 @@ def convert(teacher: UNet2DConditionModel) -> None:
 
 
 def possible(device: torch.device) -> bool:
-    """Whether the device multiplies float8."""
+    """Return whether the device multiplies float8."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 def check(device: torch.device) -> None:
-    """Raises KoalaError for a GPU that does not multiply float8."""
+    """Raise KoalaError for a GPU that does not multiply float8."""
     if not possible(device):
         raise KoalaError(
             f"distill.teacher_float8 needs a GPU of compute capability {'.'.join(map(str, CAPABILITY))} or more "

@@ -1,156 +1,97 @@
-"""The stage `distill`: starts the training processes, and makes a pipeline folder of what they leave."""
+"""Starts the training processes of one machine, follows what they write, and stops them when told to."""
 
 import contextlib
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
-import yaml
 
-from koala.console import say
-from koala.distill.history import write_curves
+from koala.distill import launch_settings
+from koala.distill.config import DistillConfig
+from koala.distill.job import COMPLAINT, UNET
 from koala.errors import KoalaError
-from koala.provenance import data_hash, git_commit
-from koala.tracking import hash_tags
-from koala.work import finish, resume_folder
 
-if TYPE_CHECKING:
-    from koala.config import Params
-    from koala.tracking import StageRun
-
+JOB = "KOALA_JOB"
+"""Environment variable of every training process: the job's file. By it they are found when they must stop."""
 _SECONDS_TO_SAVE = 20
+_POLL_SECONDS = 0.5
 
 
-def work_folder(params: "Params", student: str) -> Path:
-    """Where this student's training keeps its state, as long as neither its inputs nor its parameters change."""
-    return resume_folder(
-        f"distill/{student}",
-        learnt=params.distill.learnt(),
-        inputs={name: data_hash(folder) for name, folder in _inputs(params, student).items()},
-    )
+def launch(config: DistillConfig, job: Path, machine_rank: int = 0, follow: Callable[[], None] = lambda: None) -> None:
+    """Run this machine's training processes to their end, and pass SIGTERM and Ctrl-C on to them.
 
-
-def _inputs(params: "Params", student: str) -> dict[str, Path]:
-    return {
-        "encode": params.need("encode"),
-        "teacher": params.need("teacher"),
-        "student": params.need("student", student),
-    }
-
-
-def run(params: "Params", run: "StageRun", student: str) -> None:
-    """Distil, and put the trained pipeline, its provenance and its curves at `params.out("distill", student)`.
-
-    Raises KoalaError where the launch configuration is missing or asks for devices that are not there, and SystemExit with
-    the training's own status where that stopped.
+    `follow` is called every half second, and once at the end. Raises KoalaError for what the user must fix, and SystemExit
+    with the training's own status where that stopped.
     """
-    work = work_folder(params, student)
-    run.tags(hash_tags(**_inputs(params, student)))
-    if not (work / "unet").is_dir():
-        _tell_of_others(work, params)
-        _launch(params, student, work, run.id)
-
-    pipeline = work / "pipeline"
-    shutil.rmtree(pipeline, ignore_errors=True)
-    shutil.copytree(params.need("student", student), pipeline, ignore=shutil.ignore_patterns("unet"))
-    shutil.copytree(work / "unet", pipeline / "unet")
-    write_curves(work, pipeline)
-    provenance = {
-        "student": student,
-        "profile": params.profile,
-        "commit": git_commit(),
-        "run_id": run.id,
-        "rule": params.student(student).model_dump(mode="json"),
-        "distill": params.distill.model_dump(mode="json"),
-        "data_hash": {name: data_hash(folder) for name, folder in _inputs(params, student).items()},
-    }
-    (pipeline / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
-    run.artifact(pipeline / "provenance.json")
-    run.artifact(pipeline / "curves.png")
-
-    finish(pipeline, params.out("distill", student))
-    shutil.rmtree(work)
-
-
-def join(params: "Params", student: str, machine_rank: int) -> None:
-    """Run this machine's part of a training that another machine, of rank 0, runs as its stage.
-
-    The folder is on a disk that the machines share. Raises as `run` does.
-    """
-    _launch(params, student, work_folder(params, student), "", machine_rank)
-
-
-def _launch(params: "Params", student: str, work: Path, run_id: str, machine_rank: int = 0) -> None:
-    """Run the training processes of this machine to their end, and pass SIGTERM and Ctrl-C on to them."""
-    from koala.distill.loop import COMPLAINT, RUN_ID, WORK
-
-    config = Path(params.distill.launch)
-    if not config.is_file():
-        raise KoalaError(f"distill.launch names {config}, which is not there: choose one of infra/accelerate/")
-    settings = yaml.safe_load(config.read_text())
-    machines = int(settings.get("num_machines") or 1)
-    if machine_rank >= machines:
+    settings = launch_settings.check(config)
+    if machine_rank >= settings.machines:
         raise KoalaError(
-            f"{config} has {machines} machines, ranks 0 to {machines - 1}: there is no rank {machine_rank}"
+            f"{config.machine.launch} has {settings.machines} machines, ranks 0 to {settings.machines - 1}: "
+            f"there is no rank {machine_rank}"
         )
+    state = job.parent
     if machine_rank == 0:
-        (work / COMPLAINT).unlink(missing_ok=True)
-    # The processes of one machine share its cores; accelerate would do the same, and warn of it.
-    threads = max((os.cpu_count() or 1) * machines // int(settings["num_processes"]), 1)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--quiet"]
-    command += ["--num_cpu_threads_per_process", str(threads)]
-    command += ["--machine_rank", str(machine_rank)] if machines > 1 else []
-    process = subprocess.Popen(
-        [*command, "-m", "koala.distill.loop", student], env={**os.environ, WORK: str(work), RUN_ID: run_id}
-    )
-
-    def trainers() -> list[psutil.Process]:
-        return [other for other in psutil.process_iter() if _environment(other).get(WORK) == str(work)]
-
-    def stop(*_: object) -> None:
-        # accelerate's launcher does not pass the signal on, and may be gone before the processes that it started.
-        for trainer in trainers():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                trainer.terminate()
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        process.wait()
-        psutil.wait_procs(trainers(), timeout=_SECONDS_TO_SAVE)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if (work / COMPLAINT).is_file():
-        raise KoalaError((work / COMPLAINT).read_text())
-    if not (work / "unet").is_dir():
-        # A signal's negative number as a shell gives it.
+        (state / COMPLAINT).unlink(missing_ok=True)
+    process = subprocess.Popen(_command(config, settings, job, machine_rank), env={**os.environ, JOB: str(job)})
+    with _passing_signals_on(job):
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_SECONDS)
+                follow()
+        finally:
+            psutil.wait_procs(_ranks(job), timeout=_SECONDS_TO_SAVE)
+        follow()
+    if (state / COMPLAINT).is_file():
+        raise KoalaError((state / COMPLAINT).read_text())
+    if not (state / UNET).is_dir():
+        # The negative number of a signal, as a shell gives it.
         sys.exit(128 - process.returncode if process.returncode < 0 else process.returncode or 1)
 
 
-def _tell_of_others(work: Path, params: "Params") -> None:
-    """Unfinished training of this student under another configuration is not gone on with: say so, and how it differs."""
-    from koala.distill.checkpoint import checkpoints, difference, read_state
+def _command(
+    config: DistillConfig, settings: launch_settings.LaunchSettings, job: Path, machine_rank: int
+) -> list[str]:
+    # The processes of one machine share its cores; accelerate would do the same, and warn of it.
+    threads = os.environ.get("OMP_NUM_THREADS") or max(
+        (os.cpu_count() or 1) * settings.machines // settings.processes, 1
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config.machine.launch, "--quiet"]
+    command += ["--num_cpu_threads_per_process", str(threads)]
+    if settings.machines > 1:
+        command += ["--machine_rank", str(machine_rank)]
+    else:
+        command += ["--main_process_port", "0"]  # a free one: two trainings on one machine do not meet
+    return [*command, "-m", "koala.distill.train", str(job)]
 
-    for folder in sorted(work.parent.iterdir()):
-        saved = checkpoints(folder)
-        if folder != work and saved:
-            state = read_state(saved[-1])
-            differs = difference(state["learnt"], params.distill.learnt())
-            say(
-                f"distill: {folder} holds step {state['step']} of a run with "
-                f"{'other ' + differs if differs else 'other inputs (teacher, data or student)'}: it is not gone on with; "
-                "restore that to do so, or remove the folder"
-            )
 
+@contextmanager
+def _passing_signals_on(job: Path) -> Iterator[None]:
+    """Pass SIGTERM and Ctrl-C on to the ranks: accelerate's launcher does not, and may be gone before them."""
 
-def _environment(process: psutil.Process) -> dict[str, str]:
+    def stop(*_: object) -> None:
+        for rank in _ranks(job):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.terminate()
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return process.environ()
-    except psutil.Error:
-        return {}
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _ranks(job: Path) -> list[psutil.Process]:
+    """Return the training processes of a job, by their environment; the launcher is among them."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(JOB) == str(job) and process.pid != os.getpid():
+                found.append(process)
+    return found

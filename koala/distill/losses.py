@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def mse(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error of two tensors B x ..., in fp32; `weight` (B) weighs each sample's own mean."""
+    """Return the mean squared error of two tensors B x ..., in fp32; `weight` (B) weighs each sample's mean."""
     squares = (a.float() - b.float()).square()
     if weight is None:
         return squares.mean()
@@ -13,20 +13,20 @@ def mse(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Weights B of each sample's loss from its signal-to-noise ratio B (Hang et al. 2023, Min-SNR).
+    """Return each sample's loss weight B from its signal-to-noise ratio B (Hang et al. 2023, Min-SNR).
 
-    min(snr, gamma) / snr for a network that predicts the noise, over snr + 1 for one that predicts v.
+    It is min(snr, gamma) / snr for a network that predicts the noise, and over snr + 1 for one that predicts v.
     """
     clipped = snr.clamp(max=gamma)
     return clipped / (snr + 1) if prediction_type == "v_prediction" else clipped / snr
 
 
 def snr(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
-    """Signal-to-noise ratio B at `timesteps` B: alpha_bar / (1 - alpha_bar)."""
+    """Return the signal-to-noise ratio B at `timesteps` B: alpha_bar / (1 - alpha_bar)."""
     alpha = alphas_cumprod.to(timesteps.device)[timesteps].float()
     return alpha / (1 - alpha)
 
 
 def total(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """The weighted sum of named terms; `feature/DW2` weighs what `feature` says (KOALA: L_task + L_outKD + sum L_featKD)."""
+    """Return the weighted sum of named terms, `feature/DW2` by the weight `feature` (KOALA: L_task + L_outKD + sum L_featKD)."""
     return torch.stack([weights[name.partition("/")[0]] * term for name, term in terms.items()]).sum()

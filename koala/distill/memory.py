@@ -1,124 +1,149 @@
-"""How much memory training takes on one device, before there is a device: a step run for its shapes alone.
+"""Memory of training on one device and on its host, by estimate, from a step run on meta tensors.
 
-    estimate(params, "koala-700m").total / GIB
+    estimate(job).total / GIB
 
 The real task, its forward and its backward run on meta tensors, of which only the sizes exist; the largest sum of what
-lives at once is the peak. Left out: what CUDA and its libraries take themselves (about half a GiB) and fragmentation.
+lives at once is the peak. Not counted: what CUDA and its libraries take themselves (about half a GiB) and fragmentation.
 """
 
 import contextlib
-import json
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from koala.config import Params, load
-from koala.demo.config import LATENT_CHANNELS, TOKENS, TinyTeacherConfig
-from koala.distill import float8
-from koala.distill.batches import Batch
-from koala.distill.conditioning import TextConditioner
+from koala.data.latents import LatentSet
+from koala.distill import float8, launch_settings
 from koala.distill.config import DistillConfig
+from koala.distill.data import Batch
 from koala.distill.features import feature_pairs
+from koala.distill.job import Job
+from koala.distill.launch_settings import micro_batch
 from koala.distill.losses import total
 from koala.distill.task import DistillTask
-from koala.errors import KoalaError
-from koala.unet.blocks import keep
-from koala.unet.build import empty_unet, student_config
-from koala.unet.reference import TEXT_TOKENS, VAE_FACTOR
+from koala.distill.text import TextConditioner
+from koala.teacher.shape import TeacherShape, shape_of
+from koala.unet.blocks import Stage
+from koala.unet.student import empty_unet, read_stages, student_config
 
 GIB = 2**30
 CARDS = (8, 11, 16, 24, 32, 40, 48, 80, 141)
 """Memory of common cards, GiB."""
 
-SDXL_TEXT_PARAMETERS = 123_060_480 + 694_659_840  # CLIP-L and OpenCLIP bigG
-_MOMENTS = {"adamw": 8.0, "adamw-8bit": 2.0 + 2 * 4 / 256}  # bytes a parameter; of 8 bits, a scale for each 256
+_STATES = {"adamw": 8.0, "adamw-8bit": 2.0 + 2 * 4 / 256}  # bytes a parameter; of 8 bits, a scale for each 256
+_PROCESS = 1.2 * GIB  # of the host's memory for Python and its libraries, a training process
+_VAE = 83_653_863  # SDXL's parameters
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device. activations: the peak of a step beyond what lies there all the time: what backward needs,
-    features, half-precision copies of weights, temporaries.
-    """
+    """Bytes on one device, and on its host."""
 
     weights: int
     gradients: int
     optimizer: int
-    average: int
+    ema: int
     teacher: int
     text_encoders: int
     activations: int
+    """The peak of a step beyond what lies there all the time: what backward needs, features, half-precision copies of
+    weights, temporaries."""
+    host: int
+    """The host's memory at its peak, for all processes of a machine: libraries, models while they are loaded, the EMA where
+    it is offloaded, and a checkpoint while it is written. On a CPU it includes all the rest."""
 
     @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        """Bytes on one device."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """Return what the device holds, by name."""
+        return {name: size for name, size in asdict(self).items() if name != "host"}
 
     def line(self) -> str:
-        """The estimate as one line, in GiB."""
-        parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in asdict(self).items() if size)
-        return f"{self.total / GIB:.2f} GiB a device ({parts})"
+        """Return the estimate as one line, in GiB."""
+        parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in self.parts().items() if size)
+        return f"{self.total / GIB:.2f} GiB a device ({parts}), {self.host / GIB:.2f} GiB of the host's memory"
 
 
-def estimate(params: Params, student: str) -> MemoryEstimate:
-    """What training `student` takes at the profile's settings, for its largest bucket, with attention that keeps no matrix.
+def estimate(job: Job) -> MemoryEstimate:
+    """Return what a training takes for its largest bucket."""
+    bucket = max(LatentSet(job.latents).buckets, key=lambda size: size[0] * size[1])
+    return estimate_for(job.config, shape_of(job.teacher), read_stages(job.student), bucket)
 
-    With FSDP2, weights, gradients, moments and average are this device's share. Raises KoalaError for an unknown student.
+
+def estimate_for(
+    config: DistillConfig, teacher_shape: TeacherShape, stages: Sequence[Stage], bucket: tuple[int, int]
+) -> MemoryEstimate:
+    """Return what training takes for images of `bucket` (height, width, px), with attention that keeps no matrix.
+
+    With FSDP2, weights, optimizer states and EMA are this device's share. Gradients are whole while micro-batches are
+    accumulated, since they are reduced in a step's last one.
     """
-    recipe, teacher_config = params.distill, params.teacher_unet()
-    stages = keep(teacher_config, params.student(student))
-    config = student_config(teacher_config, stages)
-    launch = launch_settings(recipe)
-    shares = int(launch.get("num_processes", 1)) if launch.get("distributed_type") == "FSDP" else 1
-    unet, teacher = empty_unet(config), empty_unet(teacher_config)
-    teacher.to(getattr(torch, recipe.teacher_dtype))
-    if recipe.teacher_float8:
+    launch = launch_settings.check(config)
+    unet, teacher = empty_unet(student_config(teacher_shape.unet, stages)), empty_unet(teacher_shape.unet)
+    dtype = getattr(torch, config.teacher_dtype)
+    teacher.to(dtype)
+    if config.teacher_float8:
         float8.convert(teacher)
-    parameters, teacher_bytes = unet.num_parameters() // shares, _size(teacher)
-    task = DistillTask(
-        unet, teacher, _Text(teacher_config), DDPMScheduler(), feature_pairs(recipe.features, stages), recipe
-    )
-    return MemoryEstimate(
-        weights=4 * parameters,
-        gradients=4 * parameters,
-        optimizer=int(_MOMENTS[recipe.optimizer] * parameters),
-        average=4 * parameters if recipe.ema_decay and not recipe.ema_offload else 0,
-        teacher=teacher_bytes,
-        text_encoders=_text_parameters(params) * getattr(torch, recipe.teacher_dtype).itemsize,
-        activations=step_peak(task, _batch(params, recipe), launch.get("mixed_precision") == "bf16"),
-    )
+    size = micro_batch(config, launch.processes)
+    accumulates = config.batch_size // launch.processes > size
+    every = unet.num_parameters()
+    share = every // launch.processes if launch.sharded else every
+    pairs = feature_pairs(config.features, stages)
+    teacher_bytes = _size(teacher)
+    task = DistillTask(unet, teacher, _Text(teacher_shape.unet), DDPMScheduler(), pairs, config)
+    device = {
+        "weights": 4 * share,
+        "gradients": 4 * (every if launch.sharded and accumulates else share),
+        "optimizer": int(_STATES[config.optimizer] * share),
+        "ema": 4 * share if config.ema_decay and not config.machine.ema_offload else 0,
+        "teacher": teacher_bytes,
+        "text_encoders": teacher_shape.text_parameters * dtype.itemsize,
+        "activations": step_peak(task, _batch(teacher_shape, bucket, size), launch.bf16),
+    }
+    loading = 4 * every + teacher_bytes + device["text_encoders"] + _VAE * dtype.itemsize
+    saving = int(_STATES[config.optimizer] * every)
+    resident = _PROCESS + (4 * share if config.ema_decay and config.machine.ema_offload else 0)
+    local = max(launch.processes // launch.machines, 1)
+    if launch.use_cpu:
+        host = local * (sum(device.values()) + resident + _VAE * dtype.itemsize)
+    else:
+        host = local * resident + max(local * loading, saving)
+    return MemoryEstimate(**device, host=int(host))
 
 
-def advice(recipe: DistillConfig) -> str:
-    """What to change in params.yaml when memory does not suffice, the change that costs least first."""
-    if recipe.teacher_dtype == "float32":
+def advice(config: DistillConfig) -> str:
+    """Return what to change in params.yaml when memory does not suffice, the change that costs least first."""
+    machine = config.machine
+    if config.teacher_dtype == "float32":
         return "set distill.teacher_dtype to bfloat16"
-    if not recipe.gradient_checkpointing:
-        return "set distill.gradient_checkpointing to true"
-    if recipe.micro_batch > 1:
-        return f"set distill.micro_batch to {recipe.micro_batch // 2}"
-    if recipe.ema_decay and not recipe.ema_offload:
-        return "set distill.ema_offload to true"
-    if recipe.optimizer == "adamw":
+    if not machine.gradient_checkpointing:
+        return "set the machine's distill.gradient_checkpointing to true"
+    if machine.micro_batch > 1:
+        return f"set the machine's distill.micro_batch to {machine.micro_batch // 2}"
+    if config.ema_decay and not machine.ema_offload:
+        return "set the machine's distill.ema_offload to true"
+    if config.optimizer == "adamw":
         return "set distill.optimizer to adamw-8bit"
-    return "take the largest buckets out of encode.buckets, or spread over several GPUs (infra/accelerate/fsdp2.yaml)"
+    return "take the largest buckets out of encode.buckets, or shard over several GPUs (infra/accelerate/fsdp2.yaml)"
 
 
 def step_peak(task: DistillTask, batch: Batch, bf16: bool) -> int:
-    """Bytes that a forward and backward of `task` take at their peak, beyond weights and gradients, which are there before."""
+    """Return the bytes that a forward and backward of `task` take at their peak, beyond weights and gradients."""
     for parameter in task.student.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    if task.config.gradient_checkpointing:
+    if task.config.machine.gradient_checkpointing:
         # Blocks are computed again in backward, under the autocast of their forward.
         context = lambda: (contextlib.nullcontext(), _Autocast(bf16))  # noqa: E731
         task.student.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=context))
@@ -126,20 +151,22 @@ def step_peak(task: DistillTask, batch: Batch, bf16: bool) -> int:
         with _Autocast(bf16):
             loss = total(task(batch), task.config.weights.model_dump())
         loss.backward()
-    return live.peak
+    return int(live.peak)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of every tensor storage that is made inside, on any device; `peak` is the most that lived at once."""
+    """Counter of the bytes of every tensor storage that is made inside, on any device; `peak` is the most at once."""
 
     def __init__(self) -> None:
+        """Start at zero."""
         super().__init__()
         self.now = self.peak = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(
-        self, func: Callable, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        """Run an operation and count the storages that it made."""
         before = {id(t.untyped_storage()) for t in _tensors((args, kwargs or {}))}
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
@@ -161,7 +188,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 class _Autocast(TorchFunctionMode):
-    """What CUDA's autocast to bf16 does to a U-Net's operations; meta tensors have none. Attention stands in for flash's."""
+    """CUDA's autocast to bf16 for a U-Net's operations on meta tensors, which have none; attention as flash attention."""
 
     def __init__(self, bf16: bool) -> None:
         super().__init__()
@@ -169,7 +196,7 @@ class _Autocast(TorchFunctionMode):
         self._copies: dict[int, Tensor] = {}  # as autocast, which casts each weight once a forward pass
 
     def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         options = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
@@ -194,7 +221,7 @@ class _Autocast(TorchFunctionMode):
 
 
 class _Flash(torch.autograd.Function):
-    """Attention that keeps its inputs, its output and a number a row: what flash attention keeps."""
+    """Attention that keeps what flash attention keeps: its inputs, its output and a number a row."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -208,7 +235,7 @@ class _Flash(torch.autograd.Function):
 
 
 class _Text(TextConditioner):
-    """In place of the text encoders: states and pooled output of the shapes that the U-Net takes."""
+    """Stand-in for the text encoders: states and pooled output of the shapes that the U-Net takes."""
 
     def __init__(self, unet: Mapping[str, Any]) -> None:
         nn.Module.__init__(self)
@@ -222,19 +249,16 @@ class _Text(TextConditioner):
         )
 
 
-def _batch(params: Params, recipe: DistillConfig) -> Batch:
-    height, width = max(params.encode.buckets, key=lambda bucket: bucket[0] * bucket[1])
-    factor, length = VAE_FACTOR, TEXT_TOKENS
-    if isinstance(params.teacher, TinyTeacherConfig):
-        factor, length = 2 ** (len(params.teacher.vae_channels) - 1), TOKENS
-    size, meta = recipe.micro_batch, torch.device("meta")
-    latents = torch.empty(size, LATENT_CHANNELS, height // factor, width // factor, device=meta)
+def _batch(teacher: TeacherShape, bucket: tuple[int, int], size: int) -> Batch:
+    meta = torch.device("meta")
+    height, width = (side // teacher.latent_factor for side in bucket)
+    latents = torch.empty(size, teacher.unet["in_channels"], height, width, device=meta)
     return Batch(
-        numbers=torch.empty(size, device=meta),
+        samples=torch.empty(size, device=meta),
         latents=latents,
         noise=torch.empty_like(latents),
         timesteps=torch.empty(size, dtype=torch.long, device=meta),
-        tokens=torch.empty(size, 2, length, dtype=torch.long, device=meta),
+        tokens=torch.empty(size, 2, teacher.tokens, dtype=torch.long, device=meta),
         keep=torch.empty(size, dtype=torch.bool, device=meta),
         time_ids=torch.empty(size, 6, device=meta),
     )
@@ -242,56 +266,3 @@ def _batch(params: Params, recipe: DistillConfig) -> Batch:
 
 def _size(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.itemsize for parameter in module.parameters())
-
-
-def launch_settings(recipe: DistillConfig) -> dict[str, Any]:
-    """What the accelerate configuration that `recipe.launch` names says. Raises KoalaError where there is no such file."""
-    file = Path(recipe.launch)
-    if not file.is_file():
-        raise KoalaError(f"distill.launch names {file}, which is not there: choose one of infra/accelerate/")
-    return yaml.safe_load(file.read_text())
-
-
-def _text_parameters(params: Params) -> int:
-    if not isinstance(params.teacher, TinyTeacherConfig):
-        return SDXL_TEXT_PARAMETERS
-    width = params.teacher.text_width
-    return 2 * 2 * 8 * width * width  # two encoders of two layers: 4 w^2 of attention, 4 w^2 of feed-forward
-
-
-def show(student: str, profile: str | None, as_json: bool) -> None:
-    """What `koala inspect STUDENT --training` prints. Raises KoalaError for an unknown student or profile."""
-    params = load(profile=profile)
-    params.student(student)
-    found = estimate(params, student)
-    if as_json:
-        fits = {str(card): found.total <= card * GIB for card in CARDS}
-        print(
-            json.dumps(
-                {"student": student, "profile": params.profile, **asdict(found), "total": found.total, "fits_gib": fits}
-            )
-        )
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    recipe = params.distill
-    table = Table(box=box.SIMPLE, show_footer=True)
-    table.add_column("what", footer="total")
-    table.add_column("GiB", footer=f"{found.total / GIB:.2f}", justify="right")
-    for name, size in asdict(found).items():
-        table.add_row(name.replace("_", " "), f"{size / GIB:.2f}")
-    console = Console(highlight=False)
-    console.print(f"Memory of training {student} at profile {params.profile}, one device", soft_wrap=True)
-    console.print(table)
-    console.print(
-        f"micro_batch {recipe.micro_batch}, gradient_checkpointing {recipe.gradient_checkpointing}, "
-        f"optimizer {recipe.optimizer}, teacher_dtype {recipe.teacher_dtype}, {recipe.launch}",
-        soft_wrap=True,
-    )
-    # A tenth stays for CUDA itself and for fragmentation.
-    smallest = next((card for card in CARDS if found.total * 1.1 <= card * GIB), None)
-    console.print(
-        f"fits a card of {smallest} GiB" if smallest else f"fits no common card: {advice(recipe)}", soft_wrap=True
-    )

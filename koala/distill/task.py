@@ -1,26 +1,24 @@
-"""The distillation task: student, frozen teacher and losses in one module, whose forward gives named losses."""
+"""The distillation task: student, frozen teacher and losses in one module, whose forward returns named losses."""
 
 import contextlib
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from koala.distill.capture import Capture
-from koala.distill.conditioning import TextConditioner
 from koala.distill.config import DistillConfig
+from koala.distill.data import Batch
 from koala.distill.features import FeaturePair
+from koala.distill.hooks import Capture
 from koala.distill.losses import min_snr_weight, mse, snr
-
-if TYPE_CHECKING:
-    from koala.distill.batches import Batch
+from koala.distill.text import TextConditioner
 
 
 class DistillTask(nn.Module):
     """L = L_task + L_outKD + sum of L_featKD (KOALA, section 3.3), before the weights.
 
-    Only the student learns: the teacher and the text encoders hold no gradients and stay in eval mode.
+    Only the student is trained: the teacher and the text encoders hold no gradients and stay in eval mode.
     """
 
     def __init__(
@@ -32,6 +30,7 @@ class DistillTask(nn.Module):
         pairs: tuple[FeaturePair, ...],
         config: DistillConfig,
     ) -> None:
+        """Freeze the teacher and hook the features of `pairs` in both U-Nets."""
         super().__init__()
         self.student = student
         self.teacher = teacher.requires_grad_(False)
@@ -44,13 +43,14 @@ class DistillTask(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> Self:
+        """Set the student's mode; teacher and text encoders stay in eval mode."""
         super().train(mode)
         self.teacher.eval()
         self.text.eval()
         return self
 
-    def forward(self, batch: "Batch") -> dict[str, Tensor]:
-        """The objective's terms, each a scalar in fp32: `task`, `output`, and `feature/STAGE` for each stage with pairs.
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the objective's terms, each a scalar in fp32: `task`, `output`, and `feature/STAGE` for each stage with pairs.
 
         A stage's feature term is the sum over its pairs of their mean squared errors.
         """
@@ -60,7 +60,7 @@ class DistillTask(nn.Module):
             states, pooled = self.text(batch.tokens, batch.keep)
             with torch.inference_mode(), self.teacher_features.recording() as taught:
                 expected = _predict(self.teacher, *inputs, states, pooled, batch.time_ids)
-        with self.student_features.recording() as learnt:
+        with self.student_features.recording() as captured:
             predicted = _predict(self.student, *inputs, states, pooled, batch.time_ids)
         weight = self._weight(batch.timesteps)
         losses = {
@@ -69,12 +69,13 @@ class DistillTask(nn.Module):
         }
         for pair in self.pairs:
             name = f"feature/{pair.stage}"
-            losses[name] = losses.get(name, 0) + mse(learnt[pair.student], taught[pair.teacher])
+            losses[name] = losses.get(name, 0) + mse(captured[pair.student], taught[pair.teacher])
         return losses
 
-    def _target(self, batch: "Batch") -> Tensor:
+    def _target(self, batch: Batch) -> Tensor:
         if self.scheduler.config.prediction_type == "v_prediction":
-            return self.scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+            velocity: Tensor = self.scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+            return velocity
         return batch.noise
 
     def _weight(self, timesteps: Tensor) -> Tensor | None:
@@ -84,8 +85,8 @@ class DistillTask(nn.Module):
         return min_snr_weight(ratio, self.config.min_snr_gamma, self.scheduler.config.prediction_type)
 
 
-def _own_dtype(device: torch.device) -> contextlib.AbstractContextManager:
-    """Autocast off: the frozen models compute in the type they have, norms too. Meta tensors have no autocast."""
+def _own_dtype(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Turn autocast off: the frozen models compute in their own dtype, norms too. Meta tensors have no autocast."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
@@ -95,9 +96,10 @@ def _predict(
     unet: UNet2DConditionModel, noisy: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor, time_ids: Tensor
 ) -> Tensor:
     dtype = unet.dtype
-    return unet(
+    predicted: Tensor = unet(
         noisy.to(dtype),
         timesteps,
         encoder_hidden_states=states.to(dtype),
         added_cond_kwargs={"text_embeds": pooled.to(dtype), "time_ids": time_ids},
     ).sample
+    return predicted

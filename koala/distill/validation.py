@@ -1,34 +1,65 @@
-"""What a person sees of training: pictures of the validation prompts, teacher beside student."""
+"""Validation images while training: the prompts down, teacher and student across, the same seeds."""
+
+import hashlib
+from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
-from koala import pipeline
 from koala.distill.config import DistillConfig
-from koala.grid import grid
+from koala.distill.job import VALIDATION
+from koala.generate import generate
+from koala.plots import grid
 
 
-def validation_grid(
-    teacher: StableDiffusionXLPipeline, student: UNet2DConditionModel, recipe: DistillConfig
-) -> Image.Image:
-    """Prompts down, teacher and student across, the same seeds. Models are used where they are; the VAE goes along.
+def validate(
+    step: int,
+    teacher: StableDiffusionXLPipeline,
+    student: UNet2DConditionModel,
+    config: DistillConfig,
+    state: Path,
+    device: torch.device,
+) -> None:
+    """Write a grid of the teacher's and the student's images to `state`/validation/STEP.png.
 
-    Picture by picture: at 1024 px the VAE's decoder takes 2.6 GiB for each, beside all that training holds.
-    The teacher's parts may be in half precision and the student is in float32: autocast makes them meet.
+    Both U-Nets compute as the teacher does in training, in its dtype without autocast, so that what training compiled is
+    used again. The teacher's images never change: they are generated once and kept. The student and the VAE are on
+    `device` only while this runs.
     """
-    prompts = [(prompt, recipe.seed + number) for number, prompt in enumerate(recipe.validation_prompts)]
-    device, dtype = student.device, getattr(torch, recipe.teacher_dtype)
-    columns = {}
+    folder = state / VALIDATION
+    folder.mkdir(exist_ok=True)
+    prompts = [(prompt, config.seed + index) for index, prompt in enumerate(config.sampling.prompts)]
+    key = hashlib.sha256(repr((prompts, config.sampling.steps, config.sampling.guidance)).encode()).hexdigest()[:8]
+    kept = [folder / f"teacher-{key}-{index}.png" for index in range(len(prompts))]
     teacher.vae.to(device)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for label, unet in (("teacher", teacher.unet), ("student", student)):
-            drawing = StableDiffusionXLPipeline(**{**teacher.components, "unet": unet}, add_watermarker=False)
-            drawing.set_progress_bar_config(disable=True)
-            columns[label] = [
-                image
-                for prompt in prompts
-                for image in pipeline.draw(drawing, [prompt], recipe.validation_steps, recipe.validation_guidance)
-            ]
-    teacher.vae.to("cpu")
-    return grid(recipe.validation_prompts, columns)
+    try:
+        with torch.inference_mode():
+            for prompt, file in zip(prompts, kept, strict=True):
+                if not file.is_file():
+                    _save(_images(teacher, teacher.unet, [prompt], config)[0], file)
+            images = _images(teacher, student.to(device), prompts, config)
+    finally:
+        teacher.vae.to("cpu")
+        student.to("cpu")
+    columns = {"teacher": [Image.open(file).convert("RGB") for file in kept], "student": images}
+    _save(grid(config.sampling.prompts, columns), folder / f"{step:08d}.png")
+
+
+def _images(
+    teacher: StableDiffusionXLPipeline,
+    unet: UNet2DConditionModel,
+    prompts: list[tuple[str, int]],
+    config: DistillConfig,
+) -> list[Image.Image]:
+    """Generate one image at a time: at 1024 px the VAE's decoder takes 2.6 GiB for each, beside all that training holds."""
+    pipeline = StableDiffusionXLPipeline(**{**teacher.components, "unet": unet}, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return [image for prompt in prompts for image in generate(pipeline, [prompt], config.sampling)]
+
+
+def _save(image: Image.Image, file: Path) -> None:
+    """Write a PNG in one step: the stage may look at any moment."""
+    partial = file.with_suffix(".partial")
+    image.save(partial, "PNG")
+    partial.rename(file)

@@ -1,1 +1,1 @@
-"""How good a student is, beside its teacher and beside itself before distillation."""
+"""Measurement of a student beside its teacher and beside itself before distillation."""

@@ -1,38 +1,82 @@
-"""Parameters of evaluation."""
+"""Parameters of sampling and of evaluation."""
 
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
-from koala.section import Section
+from koala.config import Config
+from koala.evaluate.metrics.base import Metric
+from koala.evaluate.prompts import PromptSet
 
 
-class EvaluateConfig(Section):
-    """What is measured, and how pictures are made for it.
+class SamplingConfig(Config):
+    """How images are generated: stated once a profile, used by validation, evaluation and the card's example."""
 
-    metrics: `attributes` reads shapes back from the pictures (only with prompts of koala.demo.shapes); `clip` is the
-    cosine of CLIP's image and text embeddings, by the model `clip_model` at `clip_revision`.
-    prompts: `shapes` for all of the demo's attributes in turn, or a text file with a prompt a line.
-    """
+    steps: int = Field(default=25, gt=0)
+    """Sampling steps."""
 
-    prompts: str
-    count: int = Field(gt=0, description="pictures: prompts are taken in turn, picture i with seed + i")
-    metrics: tuple[Literal["attributes", "clip"], ...]
-    clip_model: str | None = None
-    clip_revision: str | None = None
-    steps: int = Field(gt=0, description="sampling steps")
-    guidance: float = Field(ge=0)
+    guidance: float = Field(default=7.5, ge=0)
+    """Scale of classifier-free guidance; up to 1 there is none."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts that validation generates during training. The card's example is the first."""
+
+
+class EvaluateMachine(Config):
+    """Settings of evaluation that change speed and memory, but not what is measured."""
+
     batch_size: int = Field(default=8, gt=0)
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    grid_rows: int = Field(default=8, gt=0)
-    latency_batch: int = Field(default=1, gt=0)
+    """Images generated at once."""
+
     latency_repeats: int = Field(default=10, gt=0)
+    """Timed U-Net steps of each model; their median is reported."""
+
+
+class EvaluateConfig(Config):
+    """What is measured, and on which images. The stages `reference` and `evaluate` share it."""
+
+    prompts: SerializeAsAny[PromptSet]
+    """Prompts that images are generated from, such as `{kind: file, path: infra/prompts.txt}`."""
+
+    count: int = Field(gt=0)
+    """Images of each model. The prompts are cycled; image i has the seed `seed + i`."""
+
     seed: int = 0
+    """Seed of the first image."""
+
+    metrics: tuple[SerializeAsAny[Metric], ...] = ()
+    """Metrics of image quality."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type in which images are generated and U-Nets are timed."""
+
+    latency_batch: int = Field(default=1, gt=0)
+    """Latents in a timed U-Net step."""
+
+    grid_rows: int = Field(default=8, gt=0)
+    """Prompts in the grid of images."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    """Steps and guidance of the images."""
+
+    machine: EvaluateMachine = EvaluateMachine()
+    """Settings of speed and memory."""
 
     @model_validator(mode="after")
-    def _complete(self) -> "EvaluateConfig":
-        if "clip" in self.metrics and not (self.clip_model and self.clip_revision):
-            raise ValueError("metric 'clip' needs 'clip_model' and a pinned 'clip_revision'")
-        if "attributes" in self.metrics and self.prompts != "shapes":
-            raise ValueError("metric 'attributes' needs 'prompts: shapes'")
+    def _metrics_fit_prompts(self) -> Self:
+        for metric in self.metrics:
+            metric.check(self.prompts)
         return self
+
+    def resume_key(self) -> dict[str, Any]:
+        """Return what decides the images: they are kept when a metric is added or the report changes."""
+        return self.model_dump(
+            mode="json",
+            include={
+                "prompts": True,
+                "count": True,
+                "seed": True,
+                "dtype": True,
+                "sampling": {"steps", "guidance"},
+            },
+        )

@@ -1,4 +1,4 @@
-"""How long a U-Net takes for one step."""
+"""Latency of a U-Net's step."""
 
 import statistics
 import time
@@ -10,22 +10,29 @@ from diffusers import UNet2DConditionModel
 
 @torch.no_grad()
 def step_latency(unets: dict[str, UNet2DConditionModel], tokens: int, batch: int, repeats: int) -> dict[str, float]:
-    """Median seconds of a forward pass of each U-Net, on its device and in its type, random input of its own sample size.
+    """Return the median seconds of a forward pass of each U-Net, on its device, in its type, at its own sample size.
 
-    The U-Nets take turns, so that a machine whose speed drifts does not favour one. tokens: length of the text states.
+    The U-Nets take turns, so that a machine whose speed drifts does not favour one.
+
+    Args:
+        unets: U-Nets by name.
+        tokens: Length of the text states.
+        batch: Latents in a pass.
+        repeats: Timed passes of each U-Net, after a warm-up.
     """
-    runs = {name: _runner(unet, tokens, batch) for name, unet in unets.items()}
+    passes = {name: _forward(unet, tokens, batch) for name, unet in unets.items()}
     times: dict[str, list[float]] = {name: [] for name in unets}
     for repeat in range(repeats + 1):
-        for name, run in runs.items():
+        for name, forward in passes.items():
             start = time.perf_counter()
-            run()
+            forward()
             if repeat:  # the first is a warm-up
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def _runner(unet: UNet2DConditionModel, tokens: int, batch: int) -> Callable[[], None]:
+def _forward(unet: UNet2DConditionModel, tokens: int, batch: int) -> Callable[[], None]:
+    """Return a function that runs a forward pass on random input and waits for it."""
     random = torch.Generator().manual_seed(0)
     config, options = unet.config, {"device": unet.device, "dtype": unet.dtype}
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -33,14 +40,13 @@ def _runner(unet: UNet2DConditionModel, tokens: int, batch: int) -> Callable[[],
     states = torch.randn(batch, tokens, config.cross_attention_dim, generator=random)
     added = {
         "text_embeds": torch.randn(batch, pooled, generator=random).to(**options),
-        "time_ids": torch.zeros(batch, 6),
+        "time_ids": torch.zeros(batch, 6).to(**options),
     }
-    added["time_ids"] = added["time_ids"].to(**options)
     latents, states = latents.to(**options), states.to(**options)
 
-    def run() -> None:
+    def forward() -> None:
         unet(latents, 500, encoder_hidden_states=states, added_cond_kwargs=added)
         if unet.device.type == "cuda":
             torch.cuda.synchronize()
 
-    return run
+    return forward

@@ -1,40 +1,55 @@
-"""The prompts that models are measured on."""
+"""Prompt sets: what images are generated from to measure a model."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from koala.demo.shapes import ALL_ATTRIBUTES, Attributes, describe
+from koala.config import Config
 from koala.errors import KoalaError
-from koala.evaluate.config import EvaluateConfig
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, the seed of its picture, and, where it is one of the demo's, what it asks for."""
+    """A prompt and the seed of its image."""
 
     text: str
     seed: int
-    asked: Attributes | None = None
 
 
-def load_prompts(config: EvaluateConfig) -> list[Prompt]:
-    """`count` prompts, those that there are in turn; picture i has the seed `seed + i`.
+class PromptSet(Config, ABC):
+    """A set of prompts; its kinds are subclasses."""
 
-    Raises KoalaError where the file of prompts is missing or empty.
-    """
-    chosen: list[tuple[str, Attributes | None]]
-    if config.prompts == "shapes":
-        chosen = [(describe(attributes), attributes) for attributes in ALL_ATTRIBUTES]
-    else:
-        chosen = [(line, None) for line in _lines(Path(config.prompts))]
-    turns = (chosen[number % len(chosen)] for number in range(config.count))
-    return [Prompt(text, config.seed + number, asked) for number, (text, asked) in enumerate(turns)]
+    kind: str
+    """Name of the kind."""
+
+    @abstractmethod
+    def load(self) -> list[str]:
+        """Return the prompts in their order, at least one."""
 
 
-def _lines(file: Path) -> list[str]:
-    if not file.is_file():
-        raise KoalaError(f"evaluate.prompts names {file}, which is not there: give a text file with a prompt a line")
-    lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-    if not lines:
-        raise KoalaError(f"{file} (evaluate.prompts) holds no prompt: write one a line")
-    return lines
+class FilePrompts(PromptSet):
+    """Prompts of a text file, one a line; empty lines are skipped."""
+
+    kind: Literal["file"] = "file"
+    """Name of the kind."""
+
+    path: Path
+    """The text file, relative to the current folder."""
+
+    def load(self) -> list[str]:
+        """Return the file's lines. Raises KoalaError where the file is missing or empty."""
+        if not self.path.is_file():
+            raise KoalaError(
+                f"evaluate.prompts names {self.path}, which is not there: give a text file with a prompt a line"
+            )
+        lines = [line.strip() for line in self.path.read_text().splitlines() if line.strip()]
+        if not lines:
+            raise KoalaError(f"{self.path} (evaluate.prompts) holds no prompt: write one a line")
+        return lines
+
+
+def seeded_prompts(prompts: PromptSet, count: int, seed: int) -> list[Prompt]:
+    """Return `count` prompts, cycling through the set; prompt i has the seed `seed + i`."""
+    texts = prompts.load()
+    return [Prompt(texts[number % len(texts)], seed + number) for number in range(count)]

@@ -1,60 +1,84 @@
-"""What a person reads of an evaluation: the table (text and markdown), the grid of pictures, a plot of attributes."""
+"""The report of an evaluation: the table (text and markdown), the grid of images, and the metrics' plots."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
-
+from koala.evaluate.metrics.base import Column, Metric
 from koala.evaluate.prompts import Prompt
-from koala.grid import grid
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Measured = Mapping[str, Mapping[str, float]]
+"""Model -> value's name -> value. Models: teacher, before, after."""
 
 LABELS = {"teacher": "teacher", "before": "student before distillation", "after": "student after"}
-COLUMNS = ("model", "U-Net parameters", "size", "ms a step", "speed")
-_QUALITY = {
-    "attributes/all": ("attributes right", "{:.1%}"),
-    "clip_score": ("CLIP score", "{:.2f}"),
-    "agreement_db": ("PSNR to teacher", "{:.1f} dB"),
-}
+_COST = ("model", "U-Net parameters", "size", "ms a step", "speed")
 
 
 def write(
-    folder: Path,
+    out: Path,
     student: str,
-    measured: Mapping[str, Mapping[str, float]],
-    pictures: Mapping[str, Sequence[Image.Image]],
+    measured: Measured,
+    metrics: Sequence[Metric],
+    images: "Mapping[str, Sequence[Image]]",
     prompts: Sequence[Prompt],
     rows: int,
 ) -> None:
-    """Write summary.{txt,md}, grid.png, and attributes.{csv,png} where attributes were measured, to `folder`."""
-    columns, cells = table(student, measured)
-    (folder / "summary.md").write_text(_markdown(columns, cells))
-    (folder / "summary.txt").write_text(_text(columns, cells))
-    # Rows at steps of the golden section: a few of them show most of what prompts that come in turn ask for.
+    """Write summary.txt, summary.md, plots/grid.png and the metrics' plots to `out`.
+
+    Args:
+        out: The folder of the evaluation.
+        student: The student's name.
+        measured: The values of each model.
+        metrics: What measured them.
+        images: Each model's images, by the keys of `measured`.
+        prompts: What the images were generated from.
+        rows: Prompts in the grid.
+    """
+    from koala.plots import grid
+
+    columns, cells = table(student, measured, metrics)
+    (out / "summary.md").write_text(_markdown(columns, cells))
+    (out / "summary.txt").write_text(_text(columns, cells))
+    plots = out / "plots"
+    plots.mkdir(exist_ok=True)
+    # Sample rows at golden-ratio steps, so that a few rows cover most of the cycled prompts.
     chosen = sorted({int(row * 0.618034 % 1 * len(prompts)) for row in range(rows)})
-    columns_of_grid = {LABELS[name]: [images[number] for number in chosen] for name, images in pictures.items()}
-    grid([prompts[number].text for number in chosen], columns_of_grid).save(folder / "grid.png")
-    if "attributes/all" in measured["teacher"]:
-        _attributes(folder, student, measured)
+    columns_of_grid = {LABELS[model]: [series[number] for number in chosen] for model, series in images.items()}
+    grid([prompts[number].text for number in chosen], columns_of_grid).save(plots / "grid.png")
+    labelled = {_label(model, student): values for model, values in measured.items()}
+    for metric in metrics:
+        for name, figure in metric.plots(labelled).items():
+            figure.savefig(plots / f"{name}.png", dpi=120)
 
 
-def table(student: str, measured: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
-    """Column names and formatted cells: a row each for the teacher, the student before, and after."""
+def columns_of(metrics: Sequence[Metric]) -> dict[str, Column]:
+    """Return the columns of all metrics by the name of their value."""
+    return {name: column for metric in metrics for name, column in metric.columns.items()}
+
+
+def table(student: str, measured: Measured, metrics: Sequence[Metric]) -> tuple[list[str], list[list[str]]]:
+    """Return column names and formatted cells: a row each for the teacher, the student before, and after."""
     teacher = measured["teacher"]
-    quality = [name for name in _QUALITY if any(name in values for values in measured.values())]
-    columns = [*COLUMNS, *(_QUALITY[name][0] for name in quality)]
-    rows = []
-    for name, values in measured.items():
-        rows.append(
-            [
-                LABELS[name].replace("student", student),
-                f"{values['unet_parameters']:,.0f}",
-                f"{values['unet_parameters'] / teacher['unet_parameters']:.0%}",
-                f"{values['step_ms']:.1f}",
-                f"{teacher['step_ms'] / values['step_ms']:.2f} x",
-                *(_QUALITY[metric][1].format(values[metric]) if metric in values else "-" for metric in quality),
-            ]
-        )
-    return columns, rows
+    quality = columns_of(metrics)
+    rows = [
+        [
+            _label(model, student),
+            f"{values['unet_parameters']:,.0f}",
+            f"{values['unet_parameters'] / teacher['unet_parameters']:.0%}",
+            f"{values['step_ms']:.1f}",
+            f"{teacher['step_ms'] / values['step_ms']:.2f} x",
+            *(column.format.format(values[name]) if name in values else "-" for name, column in quality.items()),
+        ]
+        for model, values in measured.items()
+    ]
+    return [*_COST, *(column.label for column in quality.values())], rows
+
+
+def _label(model: str, student: str) -> str:
+    return LABELS[model].replace("student", student)
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -72,32 +96,3 @@ def _text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in [columns, ["-" * width for width in widths], *rows]
     ]
     return "\n".join(lines) + "\n"
-
-
-def _attributes(folder: Path, student: str, measured: Mapping[str, Mapping[str, float]]) -> None:
-    import matplotlib.pyplot as plt
-    import pandas as pd
-
-    names = ("size", "colour", "shape", "background", "all")
-    table = pd.DataFrame(
-        [
-            {"model": LABELS[model], "attribute": name, "right": values[f"attributes/{name}"]}
-            for model, values in measured.items()
-            for name in names
-        ]
-    )
-    table.to_csv(folder / "attributes.csv", index=False)
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    table.pivot(index="attribute", columns="model", values="right").loc[
-        list(names), [LABELS[name] for name in measured]
-    ].plot.bar(ax=axes, rot=0, width=0.8)
-    axes.set(
-        xlabel="",
-        ylabel="share of pictures that are right",
-        ylim=(0, 1.02),
-        title=f"{student}: attributes asked for and seen",
-    )
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
-    figure.savefig(folder / "attributes.png", dpi=120)
-    plt.close(figure)

@@ -1,1 +1,1 @@
-"""From a distilled pipeline to a release: gate, card, folder, Hub, S3."""
+"""Release of a distilled student: gate, card, and the targets that it is sent to."""

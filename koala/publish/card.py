@@ -1,7 +1,6 @@
-"""The model card, rendered from metrics and provenance, never written by hand."""
+"""The model card, rendered from metrics and provenance."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from koala.publish.config import PublishConfig
@@ -22,33 +21,43 @@ measured it. Licence of the weights: {license}.
 from diffusers import StableDiffusionXLPipeline
 
 pipeline = StableDiffusionXLPipeline.from_pretrained("PATH-OR-NAME", use_safetensors=True)
-pipeline("{prompt}", num_inference_steps={steps}, guidance_scale={guidance}).images[0].save("picture.png")
+pipeline("{prompt}", num_inference_steps={steps}, guidance_scale={guidance:g}).images[0].save("image.png")
 ```
 
 ## How it was made
 
-Commit `{commit}`, MLflow run `{run_id}`, profile `{profile}`; parameters and the hashes of teacher, student and data are in
-provenance.json, all metrics in metrics.json. {training_steps} steps of {batch_size} images at a learning rate of {rate:g}.
+{origin}
 """
+_EXAMPLE = "a photograph of a red fox in the snow"
 
 
 def render(
     name: str,
     metrics: Mapping[str, Any],
     derived: Mapping[str, float],
-    provenance: Mapping[str, Any],
+    training: Mapping[str, Any],
     table: str,
     config: PublishConfig,
 ) -> str:
-    """The card as text, with a `model-index` of what was measured in its header."""
+    """Return the card's text, with a `model-index` of what was measured in its header.
+
+    Args:
+        name: The student's name.
+        metrics: Content of metrics.json.
+        derived: Its values of the student against the teacher.
+        training: Provenance of the training; empty where there is none.
+        table: The report's table in markdown.
+        config: Licence, base model and the example's sampling.
+    """
     from huggingface_hub import EvalResult, ModelCardData
 
     after = metrics["after"]
+    profile = training.get("profile")
     results = [
         EvalResult(
             task_type="text-to-image",
             dataset_type="koala-prompts",
-            dataset_name=f"koala's prompts, profile {provenance['profile']}",
+            dataset_name=f"koala's prompts, profile {profile}" if profile else "koala's prompts",
             metric_type=metric,
             metric_value=round(float(value), 4),
         )
@@ -63,7 +72,6 @@ def render(
         tags=["koala", "distillation", "stable-diffusion-xl"],
         eval_results=results,
     )
-    recipe = provenance["distill"]
     body = _BODY.format(
         name=name,
         base=config.base_model or "a tiny teacher of SDXL's classes that the project trains itself",
@@ -72,17 +80,24 @@ def render(
         speed=derived["speed_up"],
         license=config.license,
         table=table,
-        prompt=config.example_prompt,
-        steps=config.steps,
-        guidance=config.guidance,
-        training_steps=recipe["steps"],
-        batch_size=recipe["batch_size"],
-        rate=recipe["learning_rate"],
-        **{key: provenance[key] for key in ("commit", "run_id", "profile")},
+        prompt=next(iter(config.sampling.prompts), _EXAMPLE),
+        steps=config.sampling.steps,
+        guidance=config.sampling.guidance,
+        origin=_origin(training),
     )
     return f"---\n{header.to_yaml()}\n---\n{body}"
 
 
-def write(folder: Path, text: str) -> None:
-    """README.md, where the Hub looks for a card."""
-    (folder / "README.md").write_text(text)
+def _origin(training: Mapping[str, Any]) -> str:
+    """Say what is known of the training."""
+    names = {"commit": "commit", "run_id": "MLflow run", "profile": "profile"}
+    known = ", ".join(f"{label} `{training[key]}`" for key, label in names.items() if training.get(key))
+    sentences = [f"{known[0].upper()}{known[1:]}."] if known else []
+    if training:
+        sentences.append("Parameters and the hashes of what it was trained from are in training.json.")
+    sentences.append("All metrics are in metrics.json.")
+    recipe = training.get("config") or {}
+    if {"steps", "batch_size", "learning_rate"} <= set(recipe):
+        rate = recipe["learning_rate"]
+        sentences.append(f"{recipe['steps']} steps of {recipe['batch_size']} images at a learning rate of {rate:g}.")
+    return "\n".join(sentences)

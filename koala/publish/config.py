@@ -1,19 +1,26 @@
 """Parameters of publishing."""
 
-from pydantic import Field
+from pydantic import Field, SerializeAsAny
 
-from koala.section import Section
+from koala.config import Config
+from koala.evaluate.config import SamplingConfig
+from koala.publish.targets.base import Target
 
 
-class PublishConfig(Section):
-    """What a student must reach to be released, and what its card says.
-
-    require: metric of evaluate's metrics.json (dotted or slashed as it stands there) -> least value.
-    """
+class PublishConfig(Config):
+    """What a student must reach to be released, what its card says, and where the release goes."""
 
     require: dict[str, float] = Field(default_factory=dict)
+    """Least values of the student's metrics, named as in metrics.json: `{share_of_teacher/clip_score: 0.95}`."""
+
     license: str
+    """Licence of the weights, as the Hub names it."""
+
     base_model: str | None = None
-    steps: int = Field(gt=0, description="sampling steps that the card's example uses")
-    guidance: float = Field(ge=0)
-    example_prompt: str
+    """Hub repository of the teacher, for the card."""
+
+    targets: tuple[SerializeAsAny[Target], ...] = ()
+    """Places that the release is sent to."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    """Steps, guidance and prompt of the card's example."""

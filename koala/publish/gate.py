@@ -6,9 +6,10 @@ from koala.errors import KoalaError
 
 
 def shortfalls(metrics: Mapping[str, float], require: Mapping[str, float]) -> list[str]:
-    """What is below its threshold, a phrase each; empty where the gate is open.
+    """Return a phrase for each metric below its threshold; none where the gate is open.
 
-    Raises KoalaError for a threshold on a metric that was not measured.
+    Raises:
+        KoalaError: A threshold names a metric that was not measured.
     """
     for name in require:
         if name not in metrics:
@@ -18,5 +19,5 @@ def shortfalls(metrics: Mapping[str, float], require: Mapping[str, float]) -> li
     return [
         f"{name} is {metrics[name]:.3f}, below {least:g}"
         for name, least in require.items()
-        if not metrics[name] >= least
+        if not metrics[name] >= least  # also true for NaN
     ]

@@ -1,4 +1,4 @@
-"""Which of the teacher's blocks a student keeps: the rule (in params.yaml), and the kept blocks as data.
+"""The teacher's blocks that a student keeps: the rule (in params.yaml), and the kept blocks as data.
 
     rule = StudentRule(down_pairs=(0,), up_pairs=(0, 2), mid="drop", depth={"DW3": "5/10", "UP1": "5/10"})
     for stage in keep(teacher_unet.config, rule):
@@ -16,8 +16,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from koala.config import Config
 from koala.errors import KoalaError
-from koala.section import Section
 
 Depth = int | str
 """A count of transformer layers, or a share of the teacher's: "5/10"."""
@@ -36,19 +36,21 @@ _ATTENDS = {
 }
 
 
-class StudentRule(Section):
-    """Which of the teacher's blocks a student keeps; it applies to any SDXL-shaped teacher.
+class StudentRule(Config):
+    """A rule that says which of the teacher's blocks a student keeps; it applies to any SDXL-shaped teacher.
 
     Within a transformer the first layers are kept (student layer l takes teacher layer l).
     """
 
-    down_pairs: tuple[int, ...] = Field(description="pairs kept in every down stage, counted from 0")
-    up_pairs: tuple[int, ...] = Field(description="pairs kept in every up stage, one more than in a down stage")
-    mid: Literal["keep", "resnets", "drop"] = Field(description="resnets: only the mid block's first residual block")
-    depth: dict[str, Depth | tuple[Depth, ...]] = Field(
-        default_factory=dict,
-        description="stage -> transformer layers, for the stage or for each kept pair; other stages keep theirs",
-    )
+    down_pairs: tuple[int, ...]
+    """Pairs kept in every down stage, counted from 0."""
+    up_pairs: tuple[int, ...]
+    """Pairs kept in every up stage, one more than in a down stage."""
+    mid: Literal["keep", "resnets", "drop"]
+    """resnets: keep only the mid block's first residual block."""
+    depth: dict[str, Depth | tuple[Depth, ...]] = Field(default_factory=dict)
+    """Transformer layers of a stage, one figure or one for each kept pair: a count, or a share of the teacher's ("5/10").
+    Other stages keep theirs."""
 
     @field_validator("down_pairs", "up_pairs")
     @classmethod
@@ -106,24 +108,24 @@ def _check_depth(stage: str, depth: Any) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a student keeps of one of the teacher's stages.
-
-    name: DW1, Mid, UP1, ...; path: the stage's module in both U-Nets; pairs: the teacher's pair for each of the
-    student's; depths: the student's transformer layers in each of its pairs, 0 where a pair has no transformer;
-    teacher_depths: the teacher's, in the same pairs. The mid block counts as one pair.
-    """
+    """One of the teacher's stages, as a student keeps it. The mid block counts as one pair."""
 
     name: str
+    """DW1, Mid, UP1, ..."""
     path: str
+    """The stage's module in both U-Nets."""
     pairs: tuple[int, ...]
+    """The teacher's pair for each of the student's."""
     depths: tuple[int, ...]
+    """The student's transformer layers in each of its pairs, 0 where a pair has no transformer."""
     teacher_depths: tuple[int, ...]
+    """The teacher's, in the same pairs."""
 
 
 def teacher_stages(teacher_config: Mapping[str, Any]) -> tuple[Stage, ...]:
-    """A U-Net's own stages, all of them kept, from its UNet2DConditionModel configuration.
+    """Return a U-Net's own stages, all of them kept, from its UNet2DConditionModel configuration.
 
-    Raises KoalaError where the U-Net is not of SDXL's shape (plain and cross-attention blocks alone).
+    Raises KoalaError where the U-Net is not of SDXL's shape (only plain and cross-attention blocks).
     """
     down_types, up_types = teacher_config["down_block_types"], teacher_config["up_block_types"]
     mid_type = teacher_config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
@@ -155,12 +157,12 @@ def _whole(name: str, path: str, block: str, pairs: int, depth: int | Sequence[i
 
 
 def _for_each(value: Any, count: int) -> list[Any]:
-    """diffusers' shorthand: one number stands for `count` of them."""
+    """Expand diffusers' shorthand: one number stands for `count` of them."""
     return [value] * count if isinstance(value, int) else list(value)
 
 
 def keep(teacher_config: Mapping[str, Any], rule: StudentRule) -> tuple[Stage, ...]:
-    """The stages of the student that `rule` makes of a teacher, from the teacher's UNet2DConditionModel configuration.
+    """Return the stages of the student that `rule` makes of a teacher, from the teacher's UNet2DConditionModel configuration.
 
     Raises KoalaError where the rule asks for a stage, a pair or a depth that the teacher does not have.
     """

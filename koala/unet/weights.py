@@ -1,4 +1,4 @@
-"""Where each of the student's tensors comes from: an explicit map from its name to the teacher's.
+"""The source of each of the student's tensors: an explicit map from its name to the teacher's.
 
 Names are the same in both, except that a pair of a down or up stage takes the teacher's pair that its stage names: in
 KOALA, pair 1 of an up stage takes the teacher's pair 2. A copy by name alone would take pair 1, which differs in shape
@@ -18,7 +18,7 @@ _PAIR = re.compile(r"(?P<stage>(?:down|up)_blocks\.\d+)\.(?P<kind>resnets|attent
 
 
 def weight_map(stages: Iterable[Stage], student_keys: Iterable[str]) -> dict[str, str]:
-    """The teacher's tensor for each of the student's, by name: `{student name: teacher name}`.
+    """Return the teacher's tensor for each of the student's, by name: `{student name: teacher name}`.
 
     A residual block of an up stage joins what comes up to it with a skip. The first takes the deeper stage's output,
     the last the skip from the input of the stage's counterpart on the way down, those between only features of their
@@ -58,7 +58,7 @@ def _text(tensor: torch.Tensor) -> str:
 
 
 def _what_fits(source: str, wanted: torch.Tensor, teacher: Mapping[str, torch.Tensor]) -> str:
-    """The teacher's pairs whose tensor of this name has the wanted shape."""
+    """Return the teacher's pairs whose tensor of this name has the wanted shape, in words."""
     match = _PAIR.fullmatch(source)
     others = [other for name in teacher if (other := _PAIR.fullmatch(name)) and teacher[name].shape == wanted.shape]
     place = ("stage", "kind", "rest")

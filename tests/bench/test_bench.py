@@ -14,17 +14,18 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from koala.bench import infer, infer_worker, runner, train
+from koala.bench import infer, infer_worker, runner, train, train_worker
 from koala.bench.device import Stopwatch, matmul_peak
 from koala.bench.models import random_pipeline, random_sdxl
-from koala.bench.plain import PlainLearner, load
-from koala.config import load as load_params
-from koala.distill.memory import SDXL_TEXT_PARAMETERS
+from koala.bench.plain import PlainTrainer, load
+from koala.distill.config import DistillConfig, DistillMachine
 from koala.errors import KoalaError
+from koala.params import load as load_params
+from koala.teacher.shape import SDXL_TEXT_PARAMETERS
 from koala.unet.blocks import keep
-from koala.unet.build import build_student
-from koala.unet.inspect import inspect
+from koala.unet.cost import unet_cost
 from koala.unet.reference import SDXL
+from koala.unet.student import build_student
 
 KOALA = Path(sys.executable).with_name("koala")
 CPU = torch.device("cpu")
@@ -43,6 +44,8 @@ def test_train_measures_both_recipes_and_says_where_time_went(workspace: Path) -
         STUDENT,
         "--profile",
         "smoke",
+        "--machine",
+        "cpu",
         "--steps",
         "2",
         "--rounds",
@@ -65,25 +68,27 @@ def test_train_measures_both_recipes_and_says_where_time_went(workspace: Path) -
         assert row["peak_bytes"] > 2**20
     assert plain["flops_per_image"] == ours["flops_per_image"] == flops_of_a_step()
     assert f"{ours['images_per_second'] / plain['images_per_second']:.2f} x" in said.stdout
-    assert found["where"]["torch"] == torch.__version__ and found["settings"]["profile"] == "smoke"
+    assert found["where"]["torch"] == torch.__version__
+    assert found["settings"]["profile"] == "smoke"
     assert Path("a/plot.png").stat().st_size > 1000
 
 
 def flops_of_a_step() -> int:
     params = load_params()
-    models = random_pipeline(params.teacher, CPU, torch.float32)
-    student = build_student(models.unet, params.student(STUDENT))
-    return inspect(models.unet.config, 8).flops + 3 * inspect(student.config, 8).flops
+    models = random_pipeline(params.recipe.teacher, CPU, torch.float32)
+    student = build_student(models.unet, params.student(STUDENT).unet)
+    return unet_cost(models.unet.config, 8).flops + 3 * unet_cost(student.config, 8).flops
 
 
 def test_the_floor_at_sdxl_size_is_the_published_one(workspace: Path) -> None:
     """14.87 TFLOP an image for KOALA-700M at 1024 px, 17.06 for KOALA-1B."""
-    from koala.unet.build import student_config
+    from koala.unet.student import student_config
 
     params = load_params(profile="sdxl")
     for name, floor in ((STUDENT, 14.87), ("koala-1b", 17.06)):
-        student = student_config(SDXL, keep(SDXL, params.student(name)))
-        assert (inspect(SDXL, 128).flops + 3 * inspect(student, 128).flops) / 1e12 == pytest.approx(floor, abs=0.01)
+        student = student_config(SDXL, keep(SDXL, params.student(name).unet))
+        flops = unet_cost(SDXL, 128).flops + 3 * unet_cost(student, 128).flops
+        assert flops / 1e12 == pytest.approx(floor, abs=0.01)
 
 
 def test_ablate_turns_one_setting_at_a_time(
@@ -98,7 +103,7 @@ def test_ablate_turns_one_setting_at_a_time(
         return figures(spec["changes"]["micro_batch"])
 
     monkeypatch.setattr(runner, "run", run)
-    train.bench(STUDENT, "smoke", 2, 1, ablate=True, out=None, plot=None)
+    train.bench(STUDENT, "smoke", "cpu", 2, 1, ablate=True, out=None, plot=None)
     assert asked == [
         ("plain", {"micro_batch": 4}),
         ("plain", {"micro_batch": 2}),  # out of memory with four
@@ -109,9 +114,10 @@ def test_ablate_turns_one_setting_at_a_time(
         ("koala, deterministic true", {"deterministic": True, "micro_batch": 4}),
     ]
     printed = capsys.readouterr().out
-    assert "| plain " in printed and "2.00 x" in printed
+    assert "| plain " in printed
+    assert "2.00 x" in printed
     change_params(distill={"teacher_dtype": "bfloat16"})
-    train.bench(STUDENT, "smoke", 2, 1, ablate=True, out=None, plot=None)
+    train.bench(STUDENT, "smoke", "cpu", 2, 1, ablate=True, out=None, plot=None)
     assert asked[-1] == ("koala, teacher_float8 true", {"teacher_float8": True, "micro_batch": 4})
     assert "4.0%" in printed  # four times 10^9 of 10^11 a second
 
@@ -119,7 +125,7 @@ def test_ablate_turns_one_setting_at_a_time(
 def figures(micro_batch: int) -> runner.Figures:
     return {
         "micro_batch": micro_batch,
-        "size": 32,
+        "buckets": [[32, 32]],
         "images_per_second": float(micro_batch),
         "flops_per_image": 10**9,
         "matmul_flops_per_second": 1e11,
@@ -180,7 +186,10 @@ def test_what_cannot_be_measured_is_one_line(workspace: Path) -> None:
 
 def test_a_measurement_that_fails_says_so(workspace: Path, capfd) -> None:
     with pytest.raises(KoalaError, match="no student 'x'"):
-        runner.run("train_worker", {"name": "koala", "student": "x", "profile": "smoke", "steps": 1, "changes": {}})
+        runner.run(
+            "train_worker",
+            {"name": "koala", "student": "x", "profile": "smoke", "machine": "cpu", "steps": 1, "changes": {}},
+        )
     assert runner.run("train_worker", {"name": "koala"}) == {"failed": 1}
     assert "TypeError" in capfd.readouterr().err
 
@@ -190,17 +199,18 @@ def test_what_failed_is_a_row_and_the_others_stand(workspace: Path, monkeypatch:
         return {"failed": 1} if spec["name"] == "plain" else figures(4)
 
     monkeypatch.setattr(runner, "run", run)
-    train.bench(STUDENT, "smoke", 2, 2, ablate=False, out=None, plot=None)
+    train.bench(STUDENT, "smoke", "cpu", 2, 2, ablate=False, out=None, plot=None)
     printed = capsys.readouterr().out
-    assert "| plain  | failed, status 1 |" in printed and "1.00 x" in printed
+    assert "| plain  | failed, status 1 |" in printed
+    assert "1.00 x" in printed
     monkeypatch.setattr(runner, "run", lambda *_: runner.OUT_OF_MEMORY)
     with pytest.raises(KoalaError, match="nothing could be measured"):
-        train.bench(STUDENT, "smoke", 2, 1, ablate=False, out=None, plot=None)
+        train.bench(STUDENT, "smoke", "cpu", 2, 1, ablate=False, out=None, plot=None)
 
 
 def test_a_smaller_micro_batch_still_divides_the_batch(workspace: Path, change_params, monkeypatch) -> None:
     """What does not divide would run fewer images than it is credited with."""
-    change_params(distill={"batch_size": 18, "micro_batch": 9})
+    change_params(distill={"batch_size": 18}, machine={"micro_batch": 9})
     tried = []
 
     def run(module: str, spec: dict) -> runner.Figures:
@@ -208,7 +218,7 @@ def test_a_smaller_micro_batch_still_divides_the_batch(workspace: Path, change_p
         return runner.OUT_OF_MEMORY if tried[-1] > 3 else figures(tried[-1])
 
     monkeypatch.setattr(runner, "run", run)
-    train.bench(STUDENT, "smoke", 2, 1, ablate=False, out=None, plot=None)
+    train.bench(STUDENT, "smoke", "cpu", 2, 1, ablate=False, out=None, plot=None)
     assert tried == [9, 6, 3] * 2
 
 
@@ -236,7 +246,8 @@ def test_a_stopwatch_gives_time_to_names() -> None:
     whole = time.perf_counter() - begin
     found = watch.seconds()
     assert list(found) == ["before", "slow", "after"]
-    assert found["slow"] >= 0.1 and found["before"] >= 0.04 > found["after"]
+    assert found["slow"] >= 0.1
+    assert found["before"] >= 0.04 > found["after"]
     assert sum(found.values()) <= whole - 0.2
 
 
@@ -272,29 +283,55 @@ def test_sdxls_other_parts_have_its_sizes() -> None:
     assert {part.dtype for part in (models.unet, models.vae, models.text_encoder_2)} == {torch.float16}
 
 
+def test_a_step_whose_gradient_is_not_finite_is_no_measurement(workspace: Path, change_params) -> None:
+    """It is faster than one that trains."""
+    change_params(distill={"learning_rate": 1e30, "warmup": 0})
+    with pytest.raises(KoalaError, match=r"koala: the gradient of step \d is not finite"):
+        train_worker.measure("koala", STUDENT, "smoke", "cpu", steps=2, changes={})
+
+
+def test_ours_is_measured_over_two_buckets(workspace: Path, change_params, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second bucket that would compile anew must not pass unseen."""
+    change_params(encode={"buckets": [[32, 32], [32, 64], [64, 32]]})
+    seen = set()
+    original = train_worker.Trainer.backward
+
+    def backward(self, batch, last):
+        seen.add(tuple(batch.latents.shape[-2:]))
+        return original(self, batch, last)
+
+    monkeypatch.setattr(train_worker.Trainer, "backward", backward)
+    figures = train_worker.measure("koala", STUDENT, "smoke", "cpu", steps=1, changes={})
+    assert seen == {(8, 8), (8, 16)}
+    assert figures["buckets"] == [[32, 32], [32, 64]]
+    assert len(figures["warm_up_seconds"]) == 4
+
+
 def test_the_plain_recipe_learns(workspace: Path) -> None:
-    """A baseline that did not train would be none: its weights move, and its average follows."""
+    """A baseline that did not train would be none: its weights move, and its EMA follows."""
     params = load_params()
-    recipe = params.distill.model_copy(update={"batch_size": 4, "micro_batch": 2, "steps": 2})
-    models = random_pipeline(params.teacher, CPU, torch.float32)
-    student = build_student(models.unet, params.student(STUDENT))
-    blocks = [stage.path for stage in keep(models.unet.config, params.student(STUDENT))]
-    learner = PlainLearner(models, student, blocks, recipe, CPU, torch.float32)
+    machine = DistillMachine(micro_batch=2)
+    config = DistillConfig(steps=2, batch_size=4, learning_rate=1e-3, ema_decay=0.9, machine=machine)
+    models = random_pipeline(params.recipe.teacher, CPU, torch.float32)
+    rule = params.student(STUDENT).unet
+    student = build_student(models.unet, rule)
+    blocks = [stage.path for stage in keep(models.unet.config, rule)]
+    trainer = PlainTrainer(models, student, blocks, config, CPU, torch.float32)
     before = [parameter.clone() for parameter in student.parameters()]
     steps = 0
-    for micro_batches in load(models.text_encoder.config, 32, recipe):
-        for number, batch in enumerate(micro_batches, start=1):
+    for micro_batches in load(models.text_encoder.config, 32, config):
+        for index, batch in enumerate(micro_batches, start=1):
             assert batch[0].shape == (2, 3, 32, 32)
-            learner.backward(batch, number)
-        assert number == 2
+            trainer.backward(batch, last=index == trainer.accumulate)
+        assert index == trainer.accumulate == 2
         gradients = [parameter.grad for parameter in student.parameters()]
         assert all(gradient is not None for gradient in gradients)
-        learner.update(1e-3)
+        assert trainer.update(1e-3) > 0
         steps += 1
     assert steps == 2
     assert all(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True) if a.numel() > 64)
     assert all(
         parameter.grad is None
-        for module in (learner.teacher, learner.text, learner.vae)
+        for module in (trainer.teacher, trainer.text, trainer.vae)
         for parameter in module.parameters()
     )

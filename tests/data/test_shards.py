@@ -7,7 +7,6 @@ from pathlib import Path
 import webdataset
 
 from koala.data.shards import Sample, ShardWriter, read_shard, read_shards, shards
-from koala.work import finish
 
 
 def samples(count: int) -> list[Sample]:
@@ -58,6 +57,24 @@ def test_samples_are_sorted_and_incomplete_ones_skipped(tmp_path: Path) -> None:
     ]
 
 
+def test_keys_are_webdatasets(tmp_path: Path) -> None:
+    """What `tar` makes of a folder: a leading ./, folders, hidden files, extensions of several parts."""
+    members = {"./a/1.jpg": b"1", "./a/1.txt": b"x", "b.c/2.jpg": b"2", "b.c/2.seg.png": b"3", "./._1.jpg": b"4"}
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for folder in (".", "./a"):
+            member = tarfile.TarInfo(folder)
+            member.type = tarfile.DIRTYPE
+            tar.addfile(member)
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    read = {sample.key: (sample.image, sample.caption) for sample in read_shard(tmp_path / "x.tar")}
+    assert read == {"./a/1": (b"1", "x"), "b.c/2": (b"2", "")}
+    other = webdataset.WebDataset([str(tmp_path / "x.tar")], shardshuffle=False)
+    assert {row["__key__"]: row["jpg"] for row in other if row["__key__"] in read} == {"./a/1": b"1", "b.c/2": b"2"}
+
+
 class _Bomb:
     def __reduce__(self) -> tuple:
         return (Path("unpickled").touch, ())
@@ -73,12 +90,3 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch) -> None:
             tar.addfile(member, io.BytesIO(bomb))
     assert len(list(read_shard(Path("x.tar")))) == 1
     assert not Path("unpickled").exists()
-
-
-def test_finish_replaces_an_older_out(tmp_path: Path) -> None:
-    for name in ("work", "out"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).touch()
-    finish(tmp_path / "work", tmp_path / "out")
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["work"]
-    assert not (tmp_path / "work").exists()

@@ -1,7 +1,5 @@
 import gzip
 import json
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -14,77 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from koala.data import source
-from koala.data.config import SourceConfig
-from koala.demo import shapes
-from koala.demo.server import FAULTS
+from koala.data.source import source
+from koala.data.tables import TableSource, row_fault
 from koala.errors import KoalaError
 
-GOOD = "https://example.com/1.jpg"
 
-
-def shapes_config(**changes: Any) -> SourceConfig:
-    return SourceConfig(**({"kind": "shapes", "location": "http://127.0.0.1:8765/", "rows": 200, "seed": 1} | changes))
-
-
-def make(stages: Any, recorder: Any, **config: Any) -> pa.Table:
+def make(out: Path, recorder: Any, **config: Any) -> pa.Table:
     """Run the stage; its table."""
-    stages.source = SourceConfig(**config)
-    source.run(stages, recorder)
-    return pq.read_table(stages.out("source") / "table.parquet")
-
-
-def stats(stages: Any) -> dict[str, Any]:
-    return json.loads((stages.out("source") / "stats.json").read_text())
-
-
-# Tables of shapes.
-
-
-def kind(url: str) -> str:
-    return url.split("/")[3]
-
-
-def test_a_table_of_shapes_has_every_fault_in_its_share() -> None:
-    table = source.shapes_table(shapes_config(rows=1000))
-    kinds = Counter(map(kind, table["url"].to_pylist()))
-    assert {name: kinds[name] / 1000 for name in source.FAULT_SHARES} == source.FAULT_SHARES
-    assert set(source.FAULT_SHARES) - {"copy"} == set(FAULTS), "the server knows other faults"
-    bad = 0
-    for index, row in enumerate(table.to_pylist()):
-        shown = int(re.search(r"(\d+)\.jpg$", row["url"])[1])
-        assert (shown == index) is (kind(row["url"]) != "copy")
-        bad += row["caption"] != shapes.caption(shapes.sample_scene(1, shown), 1, shown)
-    assert bad == 1000 * source.BAD_CAPTION_SHARE
-
-
-def test_copies_are_of_earlier_good_rows() -> None:
-    urls = source.shapes_table(shapes_config(rows=1000))["url"].to_pylist()
-    copies = [(index, url) for index, url in enumerate(urls) if kind(url) == "copy"]
-    assert all(url.replace("/copy/", "/ok/") in urls[:index] for index, url in copies)
-
-
-def test_a_table_of_shapes_follows_from_its_seed() -> None:
-    scored = {"score_columns": ("aesthetic",)}
-    assert source.shapes_table(shapes_config(**scored)).equals(source.shapes_table(shapes_config(**scored)))
-    assert not source.shapes_table(shapes_config()).equals(source.shapes_table(shapes_config(seed=2)))
-    scores = source.shapes_table(shapes_config(**scored))["aesthetic"].to_pylist()
-    assert len(set(scores)) > 100 and all(0 <= score <= 10 for score in scores)
-
-
-def test_the_out_has_the_same_bytes_each_time(stages: Any, recorder: Any) -> None:
-    config = shapes_config(rows=60).model_dump()
-    make(stages, recorder, **config)
-    first = [file.read_bytes() for file in sorted(stages.out("source").iterdir())]
-    make(stages, recorder, **config)
-    assert [file.read_bytes() for file in sorted(stages.out("source").iterdir())] == first
-    assert recorder.logged["rows"] == 60
-
-
-def test_too_few_rows_for_all_faults_is_said() -> None:
-    with pytest.raises(KoalaError, match="take 20 or more"):
-        source.shapes_table(shapes_config(rows=5))
-    assert source.shapes_table(shapes_config(rows=20)).num_rows == 20
+    source(TableSource(**config), out=out, run=recorder)
+    return pq.read_table(out / "table.parquet")
 
 
 # Tables from disk.
@@ -122,29 +58,29 @@ COLUMNS = {"url_column": "link", "caption_column": "text", "score_columns": ["ae
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.csv", "t.csv.gz", "t.jsonl", "t.jsonl.gz"])
-def test_every_format_gives_the_same_table(stages: Any, recorder: Any, name: str) -> None:
+def test_every_format_gives_the_same_table(out: Path, recorder: Any, name: str) -> None:
     write(Path(name))
-    table = make(stages, recorder, kind="file", location=name, **COLUMNS)
+    table = make(out, recorder, kind="file", location=name, **COLUMNS)
     assert table.to_pylist() == [
         {"url": "https://example.com/1.jpg", "caption": "a horse", "aesthetic": 5.0},
         {"url": "http://example.com:8080/5.jpg", "caption": "a zebra", "aesthetic": None},
         {"url": "http://example.com/6.jpg", "caption": "an ass", "aesthetic": 6.5},
     ]
     assert table.schema.types == [pa.string(), pa.string(), pa.float64()]
-    assert stats(stages) == {
+    assert json.loads((out / "stats.json").read_text()) == {
         "rows": 3,
         "dropped": {"no_caption": 2, "no_url": 1, "not_http": 2, "private_host": 1},
     }
 
 
-def test_several_files_up_to_a_number_of_rows(stages: Any, recorder: Any) -> None:
+def test_several_files_up_to_a_number_of_rows(out: Path, recorder: Any) -> None:
     folder = Path("tables")
     folder.mkdir()
     write(folder / "b.csv")
     write(folder / "a.parquet")
     (folder / "never.csv").write_text("this is not read: enough rows came before")
     config = {"kind": "file", "location": "tables", "files": ["b.csv", "a.parquet", "never.csv"], "rows": 5} | COLUMNS
-    urls = make(stages, recorder, **config)["url"].to_pylist()
+    urls = make(out, recorder, **config)["url"].to_pylist()
     assert [url[-5] for url in urls] == ["1", "5", "6", "1", "5"]
 
 
@@ -164,22 +100,22 @@ def test_several_files_up_to_a_number_of_rows(stages: Any, recorder: Any) -> Non
     ],
 )
 def test_private_hosts_are_dropped_unless_wanted(host: str) -> None:
-    assert source._fault(f"http://{host}/1.jpg", "a caption", private_hosts=False) == "private_host"
-    assert source._fault(f"http://{host}:80/1.jpg", "a caption", private_hosts=True) is None
+    assert row_fault(f"http://{host}/1.jpg", "a caption", private_hosts=False) == "private_host"
+    assert row_fault(f"http://{host}:80/1.jpg", "a caption", private_hosts=True) is None
 
 
 @pytest.mark.parametrize(
     "host", ["example.com", "8.8.8.8", "xn--bcher-kva.example", "[2606:4700::1111]", "10.example.com"]
 )
 def test_public_hosts_stay(host: str) -> None:
-    assert source._fault(f"https://{host}/1.jpg", "a caption", private_hosts=False) is None
+    assert row_fault(f"https://{host}/1.jpg", "a caption", private_hosts=False) is None
 
 
 @pytest.mark.parametrize(
     "url", ["http://", "http:///x.jpg", "//example.com/x.jpg", "http://[::1", "http://a:b/x.jpg", "x.jpg"]
 )
 def test_no_urls(url: str) -> None:
-    assert source._fault(url, "a caption", private_hosts=True) == "not_http"
+    assert row_fault(url, "a caption", private_hosts=True) == "not_http"
 
 
 @pytest.mark.parametrize(
@@ -214,26 +150,27 @@ def test_no_urls(url: str) -> None:
     ],
 )
 def test_a_bad_table_is_one_line(
-    stages: Any, recorder: Any, name: str, content: bytes | None, changes: dict[str, Any], message: str
+    out: Path, recorder: Any, name: str, content: bytes | None, changes: dict[str, Any], message: str
 ) -> None:
     if content is not None:
         Path(name).write_bytes(content)
     with pytest.raises(KoalaError) as caught:
-        make(stages, recorder, kind="file", location=name, **changes)
+        make(out, recorder, kind="file", location=name, **changes)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
-    assert not stages.out("source").exists()
+    assert not list(out.glob("*.parquet"))
+    assert not list(out.glob("*.json"))
 
 
-def test_numbers_are_no_urls(stages: Any, recorder: Any) -> None:
+def test_numbers_are_no_urls(out: Path, recorder: Any) -> None:
     write(Path("t.parquet"), [{"url": 1, "caption": "a"}])
     with pytest.raises(KoalaError, match="column 'url' holds int64, not text"):
-        make(stages, recorder, kind="file", location="t.parquet")
+        make(out, recorder, kind="file", location="t.parquet")
 
 
 def test_names_that_img2dataset_takes_are_refused() -> None:
     with pytest.raises(ValidationError, match="keeps the name 'width'"):
-        SourceConfig(kind="file", location="t.csv", score_columns=("width",))
+        TableSource(kind="file", location="t.csv", score_columns=("width",))
 
 
 # S3 and the Hub: servers on loopback.
@@ -256,20 +193,20 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
-def test_tables_from_s3(stages: Any, recorder: Any, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_from_s3(out: Path, recorder: Any, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     client = boto3.client("s3")
     for name in ("a.parquet", "b.jsonl"):
         client.upload_file(str(write(Path(name))), s3, f"some/folder/{name}")
     config = {"kind": "s3", "location": f"s3://{s3}/some/folder", "files": ["b.jsonl", "a.parquet"]} | COLUMNS
-    assert make(stages, recorder, **config).num_rows == 6
-    assert make(stages, recorder, kind="s3", location=f"s3://{s3}/some/folder/a.parquet", **COLUMNS).num_rows == 3
+    assert make(out, recorder, **config).num_rows == 6
+    assert make(out, recorder, kind="s3", location=f"s3://{s3}/some/folder/a.parquet", **COLUMNS).num_rows == 3
 
     for location in ("lists/a.parquet", "s3://lists", "https://lists/a.parquet"):
         with pytest.raises(KoalaError, match="write it as s3://bucket/key"):
-            make(stages, recorder, kind="s3", location=location)
+            make(out, recorder, kind="s3", location=location)
     for location in ("s3://lists/absent.parquet", "s3://nobodys/a.parquet"):
         with pytest.raises(KoalaError, match=f"^cannot fetch {location} from S3: "):
-            make(stages, recorder, kind="s3", location=location)
+            make(out, recorder, kind="s3", location=location)
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
@@ -277,7 +214,7 @@ def test_tables_from_s3(stages: Any, recorder: Any, s3: str, monkeypatch: pytest
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
     with pytest.raises(KoalaError, match="no credentials for S3: set AWS_ACCESS_KEY_ID"):
-        make(stages, recorder, kind="s3", location="s3://lists/some/folder/a.parquet")
+        make(out, recorder, kind="s3", location="s3://lists/some/folder/a.parquet")
 
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -308,7 +245,7 @@ class _Hub(BaseHTTPRequestHandler):
         if code == 200 and self.command == "GET":
             self.wfile.write(self.content)
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -327,8 +264,8 @@ def hub_config(repo: str = "us/list", file: str = "part/t.jsonl", revision: str 
     return {"kind": "hub", "location": repo, "files": [file], "revision": revision} | COLUMNS
 
 
-def test_a_table_from_the_hub(stages: Any, recorder: Any, hub: None) -> None:
-    assert make(stages, recorder, **hub_config()).num_rows == 3
+def test_a_table_from_the_hub(out: Path, recorder: Any, hub: None) -> None:
+    assert make(out, recorder, **hub_config()).num_rows == 3
 
 
 @pytest.mark.parametrize(
@@ -342,22 +279,22 @@ def test_a_table_from_the_hub(stages: Any, recorder: Any, hub: None) -> None:
     ],
 )
 def test_what_the_hub_refuses_is_one_line(
-    stages: Any, recorder: Any, hub: None, changes: dict[str, str], message: str
+    out: Path, recorder: Any, hub: None, changes: dict[str, str], message: str
 ) -> None:
     with pytest.raises(KoalaError) as caught:
-        make(stages, recorder, **hub_config(**changes))
+        make(out, recorder, **hub_config(**changes))
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
-def test_no_way_to_the_hub_is_one_line(stages: Any, recorder: Any, hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_way_to_the_hub_is_one_line(out: Path, recorder: Any, hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(KoalaError, match="cannot reach the Hub for us/list/part/t"):
-        make(stages, recorder, **hub_config())
+        make(out, recorder, **hub_config())
 
 
 def test_the_hub_needs_a_pinned_revision() -> None:
     with pytest.raises(ValidationError, match="pinned 'revision'"):
-        SourceConfig(kind="hub", location="us/list", files=("t.csv",))
+        TableSource(kind="hub", location="us/list", files=("t.csv",))

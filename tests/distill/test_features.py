@@ -1,20 +1,28 @@
 """Which features are compared, and that they are captured when they should be, and only then."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from koala.config import load
-from koala.distill.capture import Capture
 from koala.distill.config import FeatureConfig
 from koala.distill.features import Tap, feature_pairs, match_layers
+from koala.distill.hooks import Capture
 from koala.errors import KoalaError
+from koala.params import load
 from koala.unet.blocks import keep
 from koala.unet.reference import SDXL
 
+ROOT = Path(__file__).parents[2]
+
+
+def rule(student: str):
+    return load(ROOT / "params.yaml").student(student).unet
+
 
 def stages(student: str):
-    return keep(SDXL, load().student(student))
+    return keep(SDXL, rule(student))
 
 
 def test_koala_compares_every_self_attention_layer_and_the_last_feature_of_the_outer_stages() -> None:
@@ -64,7 +72,7 @@ def test_depth_matching(how: str, layers: list[int]) -> None:
 def test_after_residual_differs_from_before_it_by_what_came_in(kind: str, tiny_teacher) -> None:
     """Captured after the residual add, a feature is the layer's input plus the one captured before it."""
     unet = StableDiffusionXLPipeline.from_pretrained(tiny_teacher, use_safetensors=True).unet
-    own = keep(unet.config, load().student("koala-1b"))
+    own = keep(unet.config, rule("koala-1b"))
     before, after = (
         feature_pairs([FeatureConfig(kind=kind, stages=("DW2",), after_residual=flag)], own)[0].teacher
         for flag in (False, True)

@@ -1,113 +1,171 @@
-"""The stage: real processes, stopped and gone on with, and what it says when it cannot go on."""
+"""The stage: real launchers and processes, stopped and resumed, and what it says when it cannot run."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from mlflow import MlflowClient
+from ranks import alike, free_port, losses
 
-from koala import tracking
-from koala.config import load
-from koala.distill import checkpoint, history, launch
+from koala import runner
+from koala.distill.distill import distill
+from koala.distill.job import checkpoints
 from koala.errors import KoalaError
+from koala.provenance import read
+from koala.run import STATE
 
 STUDENT = "koala-700m"
 KOALA = Path(sys.executable).with_name("koala")
+ROOT = Path(__file__).parents[2]
+ChangeParams = Callable[..., None]
 
 
-def start() -> subprocess.Popen[str]:
+def start(*options: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([KOALA, "distill", STUDENT], env=environment, text=True, stderr=subprocess.PIPE)
+    return subprocess.Popen([KOALA, "distill", STUDENT, *options], env=environment, text=True, stderr=subprocess.PIPE)
 
 
-def wait_for(step: int, process: subprocess.Popen[str], work: Path) -> None:
-    """Until the history shows a step."""
-    while not (rows := history.read(work)) or rows[-1]["step"] < step:
-        assert process.poll() is None
+def state_of_work() -> Path:
+    job = runner.prepare("distill", STUDENT)
+    return job.work(job.hashes()) / "out" / STATE
+
+
+def wait_for(step: int, process: subprocess.Popen[str], state: Path) -> None:
+    """Until the losses show a step."""
+    while not (rows := losses(state)) or rows[-1]["step"] < step:
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
 
 
-RECIPE = {"batch_size": 4, "micro_batch": 4, "log_every": 1}
+def only_run(store: str) -> tuple[MlflowClient, str]:
+    client = MlflowClient(store)
+    (run,) = client.search_runs([client.get_experiment_by_name("koala-smoke").experiment_id])
+    return client, run.info.run_id
+
+
+RECIPE = {"batch_size": 4}
+MACHINE = {"micro_batch": 4, "log_every": 1}
 
 
 @pytest.mark.timeout(300)
-def test_a_stopped_run_goes_on_in_the_same_run_of_mlflow(distillable: Path, change_params) -> None:
-    """SIGTERM to the stage's process alone: it saves, leaves nothing behind, and the next run has no seam."""
-    change_params(distill={**RECIPE, "steps": 40, "checkpoint_every": 1000, "validate_every": 20})
-    params = load()
-    work = launch.work_folder(params, STUDENT)
+def test_a_stopped_run_resumes_in_the_same_run_of_mlflow(distillable: Path, change_params: ChangeParams) -> None:
+    """SIGTERM to the stage's process only: it saves, leaves nothing behind, and the next run has no seam."""
+    change_params(distill={**RECIPE, "steps": 40}, machine={**MACHINE, "checkpoint_every": 1000, "validate_every": 20})
+    state = state_of_work()
     process = start()
-    wait_for(3, process, work)
+    wait_for(3, process, state)
     children = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     assert process.wait(30) not in (0, 2)
-    assert children and not any(child.is_running() and child.status() != "zombie" for child in children)
-    (saved,) = checkpoint.checkpoints(work)
+    assert children
+    assert not any(child.is_running() and child.status() != "zombie" for child in children)
+    (saved,) = checkpoints(state)
     stopped_at = int(saved.name.removeprefix("step-"))
     assert 3 <= stopped_at < 40
 
     process = start()
     _, said = process.communicate(timeout=200)
     assert process.returncode == 0, said
-    assert f"going on from step {stopped_at}" in said
-    out = params.out("distill", STUDENT)
-    provenance = json.loads((out / "provenance.json").read_text())
-    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-    (run,) = client.search_runs([client.get_experiment_by_name("koala-smoke").experiment_id])
-    assert run.info.run_id == provenance["run_id"] and run.info.status == "FINISHED"
-    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss/total")]
+    assert f"resuming from step {stopped_at}" in said
+    out = distillable / "artifacts/smoke/distilled" / STUDENT
+    client, run_id = only_run(os.environ["MLFLOW_TRACKING_URI"])
+    run = client.get_run(run_id)
+    assert run_id == read(out)["run_id"]
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["images_per_second"] > 0
+    steps = [metric.step for metric in client.get_metric_history(run_id, "loss/total")]
     assert steps == list(range(1, 41))
-    assert not work.exists()
-    assert {path.name for path in out.iterdir()} >= {"model_index.json", "unet", "curves.csv", "curves.png"}
+    assert any("validation" in file.path for file in client.list_artifacts(run_id, "images"))
+    assert not state.exists()
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"model_index.json", "unet", "vae", "kept.json", "curves.csv", "curves.png", "provenance.json"}
+    assert not names & {"weight_map.json", "state"}
 
 
 @pytest.mark.timeout(300)
-def test_a_killed_run_leaves_no_seam_in_mlflow(distillable: Path, change_params) -> None:
-    """SIGKILL to all of it between checkpoints: steps that are done again are not told again."""
-    change_params(distill={**RECIPE, "steps": 24, "checkpoint_every": 10, "validate_every": 100})
-    work = launch.work_folder(load(), STUDENT)
+def test_a_killed_run_leaves_no_seam_in_mlflow(distillable: Path, change_params: ChangeParams) -> None:
+    """SIGKILL to all of it between checkpoints: steps that are repeated are not logged again."""
+    change_params(distill={**RECIPE, "steps": 24}, machine={**MACHINE, "checkpoint_every": 10, "validate_every": 100})
+    state = state_of_work()
     process = start()
-    wait_for(12, process, work)
+    wait_for(13, process, state)
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         member.kill()
     psutil.wait_procs(family, timeout=30)
-    (run_id,) = (work / "run_id").read_text().split()
-    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    client, run_id = only_run(os.environ["MLFLOW_TRACKING_URI"])
     before = client.get_metric_history(run_id, "loss/total")
-    resumed_from = int(checkpoint.checkpoints(work)[-1].name.removeprefix("step-"))
-    assert resumed_from < max(point.step for point in before)
+    resumed_from = int(checkpoints(state)[-1].name.removeprefix("step-"))
 
     process = start()
     _, said = process.communicate(timeout=200)
-    assert process.returncode == 0 and f"going on from step {resumed_from}" in said, said
+    assert process.returncode == 0, said
+    assert f"resuming from step {resumed_from}" in said
     after = client.get_metric_history(run_id, "loss/total")
     assert [point.step for point in after] == list(range(1, 25))
     assert [point.value for point in after[: len(before)]] == [point.value for point in before]
 
 
-def test_a_gradient_that_stays_non_finite_stops_training_with_the_state_saved(distillable: Path, change_params) -> None:
-    change_params(distill={"learning_rate": 1e30, "steps": 50, "max_bad_steps": 2, "checkpoint_every": 1000})
-    params = load()
-    work = launch.work_folder(params, STUDENT)
-    with (
-        pytest.raises(
-            KoalaError,
-            match=r"stopped at step 3: 2 steps in a row .* the term task is not finite for samples 000000012, ",
-        ),
-        tracking.stage_run(params, "distill", STUDENT, work) as run,
-    ):
-        launch.run(params, run, STUDENT)
-    assert len(checkpoint.checkpoints(work)) == 1
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("launch", ["cpu-two", "fsdp2-cpu"])
+def test_the_launch_file_alone_sets_the_number_of_processes(
+    make_job: Callable, uncut: Path, tmp_path: Path, launch: str, recorder, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    """Two processes by accelerate's own launcher give the curve of one."""
+    monkeypatch.chdir(ROOT)
+    job = make_job(machine={"launch": f"infra/accelerate/{launch}.yaml"}, schedule="constant", warmup=20)
+    one = make_job("one", schedule="constant", warmup=20)
+    distill(one.config, one.latents, one.teacher, one.student, tmp_path / "whole", recorder)
+    distill(job.config, job.latents, job.teacher, job.student, tmp_path / "out", recorder)
+    assert "distill: 2 processes on cpu" in capfd.readouterr().err
+    compared = [tmp_path / name for name in ("out", "whole")]
+    for folder in compared:  # of a constant rate the state is kept, with its losses
+        shutil.copytree(folder / "unet", folder / STATE / "unet")
+    alike(compared[0] / STATE, compared[1] / STATE)
 
 
-def test_a_missing_launch_configuration_is_said(distillable: Path, change_params) -> None:
-    change_params(distill={"launch": "infra/accelerate/nowhere.yaml"})
-    params = load()
-    with pytest.raises(KoalaError, match="which is not there"), tracking.stage_run(params, "distill", STUDENT) as run:
-        launch.run(params, run, STUDENT)
+@pytest.mark.timeout(300)
+def test_two_machines_equal_one_process(distillable: Path, change_params: ChangeParams, make_job: Callable) -> None:
+    """Two launchers that meet over loopback, as on two machines with a shared disk: one runs the stage, one helps."""
+    settings = yaml.safe_load((ROOT / "infra/accelerate/two-nodes-cpu.yaml").read_text())
+    (distillable / "two-nodes.yaml").write_text(yaml.safe_dump({**settings, "main_process_port": free_port()}))
+    change_params(distill={"batch_size": 4, "steps": 4}, machine={"launch": "two-nodes.yaml", "micro_batch": 2})
+    stage, helper = start(), start("--machine-rank", "1")
+    said = [process.communicate(timeout=200)[1] for process in (stage, helper)]
+    assert [stage.returncode, helper.returncode] == [0, 0], said
+    assert "distill: 2 processes on cpu" in said[0]
+    assert (distillable / "artifacts/smoke/distilled" / STUDENT / "unet").is_dir()
+
+
+def test_a_gradient_that_stays_non_finite_stops_training_with_the_state_saved(
+    make_job: Callable, tmp_path: Path, recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    job = make_job(learning_rate=1e30, warmup=0, steps=50, machine={"max_bad_steps": 2, "checkpoint_every": 1000})
+    line = r"stopped at step \d+: 2 steps in a row .* the term task is not finite for samples 0000000\d\d, "
+    with pytest.raises(KoalaError, match=line):
+        distill(job.config, job.latents, job.teacher, job.student, tmp_path / "out", recorder)
+    assert len(checkpoints(tmp_path / "out" / STATE)) == 1
+
+
+def test_a_machine_rank_that_is_not_there_is_one_line(distillable: Path) -> None:
+    process = start("--machine-rank", "3")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "has 1 machines, ranks 0 to 0: there is no rank 3" in said
+
+
+def test_the_job_is_what_ranks_read(make_job: Callable) -> None:
+    job = make_job(features=[{"kind": "self_attention", "stages": ["UP1"]}])
+    file = job.write()
+    assert file.is_absolute()
+    assert type(job).read(file) == job
+    assert json.loads(file.read_text())["config"]["features"][0]["kind"] == "self_attention"

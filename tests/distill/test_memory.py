@@ -1,21 +1,29 @@
 """The estimate of training's memory, against what tensors really take, and what is made of it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+import yaml
 
-from koala.config import load
 from koala.data.latents import LatentSet
-from koala.distill import memory
-from koala.distill.batches import load as load_batches
-from koala.distill.loop import build_task, main
-from koala.distill.memory import GIB, LiveBytes, advice, estimate, step_peak
+from koala.distill import memory, train
+from koala.distill.data import load as load_batches
+from koala.distill.memory import GIB, LiveBytes, MemoryEstimate, advice, estimate, estimate_for, step_peak
+from koala.distill.train import build_task, load_teacher
 from koala.errors import KoalaError
+from koala.inspect import inspect_training
+from koala.params import load
+from koala.teacher.shape import SDXL_SHAPE
+from koala.unet.blocks import keep
 
 STUDENT = "koala-700m"
+ROOT = Path(__file__).parents[2]
 
 
 def test_live_bytes_are_those_of_tensors_that_live() -> None:
@@ -33,85 +41,121 @@ def test_live_bytes_are_those_of_tensors_that_live() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_peak_on_meta_tensors_is_that_of_real_ones(distillable, change_params, checkpointing: bool) -> None:
-    change_params(
-        distill={"gradient_checkpointing": checkpointing, "micro_batch": 4, "batch_size": 4},
-        encode={"buckets": [[32, 32]]},
-    )
-    params = load()
-    teacher = StableDiffusionXLPipeline.from_pretrained(params.out("teacher"), use_safetensors=True)
-    task = build_task(params, STUDENT, teacher)
-    data = LatentSet(params.out("encode"))
-    batches = load_batches(data, params.distill, task.text.tokenize, 1000, 0, 1, 0, torch.device("cpu"))
+def test_the_peak_on_meta_tensors_is_that_of_real_ones(
+    make_job: Callable, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    monkeypatch.chdir(ROOT)
+    job = make_job(batch_size=4, machine={"gradient_checkpointing": checkpointing, "micro_batch": 4})
+    task = build_task(job, load_teacher(job, with_vae=False))
+    data = LatentSet(job.latents)
+    batches = load_batches(data, job.config, task.text.tokenize, 1000, 4, 0, 1, 0, torch.device("cpu"))
     batch = next(next(batches))
-    while batch.latents.shape[-1] != 8:
+    while batch.latents.shape[-1] != 16:
         batch = next(next(batches))
     task.text = memory._Text(task.teacher.config)  # encoders live apart from the step's peak
     real = step_peak(task, batch, bf16=False)
-    assert memory.estimate(params, STUDENT).activations == pytest.approx(real, rel=0.05)
+    assert estimate(job).activations == pytest.approx(real, rel=0.05)
 
 
-def activations(**changes: object) -> float:
-    params = load(profile="sdxl")
-    recipe = params.distill.model_copy(update={"micro_batch": 1, "gradient_checkpointing": True, **changes})
-    return estimate(params.model_copy(update={"distill": recipe}), STUDENT).activations / GIB
+@cache
+def sdxl(machine: str = "gpu-80gb", **changes: object) -> MemoryEstimate:
+    """What KOALA-700M's training takes at SDXL's size, with other settings of the machine where they are given."""
+    params = load(profile="sdxl", machine=machine)
+    config = params.distill(STUDENT)
+    config = config.model_copy(update={"machine": config.machine.model_copy(update=changes)})
+    return estimate_for(config, SDXL_SHAPE, keep(SDXL_SHAPE.unet, params.student(STUDENT).unet), (1024, 1024))
 
 
-def test_what_saves_memory_is_seen_to(workspace) -> None:
-    one = activations()
-    assert activations(gradient_checkpointing=False) > 2 * one
-    assert 1.2 * one < activations(micro_batch=2) < 2 * one
+def test_what_saves_memory_is_seen_to(workspace: Path) -> None:
+    one = sdxl(micro_batch=1, gradient_checkpointing=True).activations
+    assert sdxl(micro_batch=1).activations > 2 * one
+    assert 1.2 * one < sdxl(micro_batch=2, gradient_checkpointing=True).activations < 2 * one
 
 
-def test_the_presets_fit_their_cards(workspace) -> None:
-    assert estimate(load(profile="sdxl-24gb"), STUDENT).total < 21 * GIB
-    assert 24 * GIB < estimate(load(profile="sdxl"), STUDENT).total < 72 * GIB
+def test_the_machines_fit_their_cards(workspace: Path) -> None:
+    assert sdxl("gpu-24gb").total * 1.1 < 24 * GIB
+    assert 24 * GIB < sdxl("gpu-80gb").total < 72 * GIB
+    assert sdxl("8xgpu-24gb").total * 1.1 < 24 * GIB
 
 
-def test_static_parts_follow_from_the_counts(workspace) -> None:
-    found = estimate(load(profile="sdxl"), STUDENT)
+def test_static_parts_follow_from_the_counts(workspace: Path) -> None:
+    found = sdxl()
     count = 782_822_724
-    assert (found.weights, found.gradients, found.optimizer, found.average) == (
-        4 * count,
-        4 * count,
-        8 * count,
-        4 * count,
-    )
+    assert (found.weights, found.gradients, found.optimizer, found.ema) == (4 * count, 4 * count, 8 * count, 4 * count)
     assert found.teacher == 2 * 2_567_463_684
 
 
-def test_inspect_training(workspace, capsys) -> None:
-    memory.show(STUDENT, "sdxl-24gb", as_json=True)
+def test_sharded_gradients_are_whole_while_micro_batches_accumulate(workspace: Path) -> None:
+    count, processes = 782_822_724, 8
+    accumulating, alone = sdxl("8xgpu-24gb", micro_batch=4), sdxl("8xgpu-24gb", micro_batch=16)
+    assert accumulating.gradients == 4 * count
+    assert alone.gradients == 4 * (count // processes)
+    assert accumulating.weights == alone.weights == 4 * (count // processes)
+
+
+def test_the_host_holds_models_while_they_load_and_checkpoints_while_they_are_written(workspace: Path) -> None:
+    one, offloaded, eight, on_cpu = sdxl(), sdxl(ema_offload=True), sdxl("8xgpu-80gb"), sdxl("cpu")
+    count = 782_822_724
+    assert one.host > 4 * count + 2 * 2_567_463_684
+    assert offloaded.host - one.host == 4 * count
+    assert eight.host > 6 * one.host
+    assert on_cpu.host > on_cpu.total
+
+
+def test_a_process_takes_what_the_estimate_says_of_the_host(
+    make_job: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU: Python and its libraries are most of a tiny training."""
+    monkeypatch.chdir(ROOT)
+    job = make_job()
+    train.train(job, train.StopSignal())
+    assert estimate(job).host > 0.5 * psutil.Process().memory_info().rss
+
+
+def test_inspect_training(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect_training(STUDENT, "sdxl", "gpu-24gb", as_json=True)
     printed = json.loads(capsys.readouterr().out)
-    assert (
-        printed["total"]
-        == estimate(load(profile="sdxl-24gb"), STUDENT).total
-        == sum(printed[name] for name in asdict(estimate(load(profile="sdxl-24gb"), STUDENT)))
-    )
-    assert printed["fits_gib"]["24"] and not printed["fits_gib"]["11"]
-    memory.show(STUDENT, None, as_json=False)
-    assert "fits a card of 8 GiB" in capsys.readouterr().out
+    found = sdxl("gpu-24gb")
+    assert printed["total"] == found.total == sum(printed[name] for name in asdict(found) if name != "host")
+    assert printed["host"] == found.host
+    assert printed["fits_gib"]["24"]
+    assert not printed["fits_gib"]["11"]
+    inspect_training(STUDENT, None, None, as_json=False)
+    shown = capsys.readouterr().out
+    assert "fits a card of 8 GiB" in shown
+    assert "GiB of the host's memory" in shown
     with pytest.raises(KoalaError, match="no student 'x'"):
-        memory.show("x", None, False)
+        inspect_training("x", None, None, as_json=False)
 
 
-def test_advice_names_what_costs_least_first(workspace) -> None:
-    recipe = load(profile="sdxl").distill
-    assert advice(recipe) == "set distill.gradient_checkpointing to true"
-    recipe = recipe.model_copy(update={"gradient_checkpointing": True})
-    assert advice(recipe) == "set distill.micro_batch to 4"
-    recipe = recipe.model_copy(update={"micro_batch": 1, "ema_offload": True, "optimizer": "adamw-8bit"})
-    assert "several GPUs" in advice(recipe)
+def test_advice_names_what_costs_least_first(workspace: Path) -> None:
+    config = load(profile="sdxl", machine="gpu-80gb").distill(STUDENT)
+    assert advice(config) == "set the machine's distill.gradient_checkpointing to true"
+    config = config.model_copy(update={"machine": config.machine.model_copy(update={"gradient_checkpointing": True})})
+    assert advice(config) == "set the machine's distill.micro_batch to 4"
+    smallest = config.machine.model_copy(update={"micro_batch": 1, "ema_offload": True})
+    config = config.model_copy(update={"optimizer": "adamw-8bit", "machine": smallest})
+    assert "several GPUs" in advice(config)
 
 
-def test_out_of_memory_is_one_line_with_the_estimate_and_what_to_change(distillable, monkeypatch, tmp_path) -> None:
+def test_out_of_memory_is_one_line_with_the_estimate_and_what_to_change(
+    make_job: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("koala.distill.loop.build_task", full)
-    monkeypatch.setenv("KOALA_WORK", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(train, "build_task", full)
+    job = make_job()
     with pytest.raises(SystemExit) as left:
-        main(STUDENT)
+        train.main(job.write())
     assert left.value.code == 2
-    line = (tmp_path / "complaint").read_text()
-    assert "\n" not in line and "GiB a device (weights" in line and "set distill.teacher_dtype to bfloat16" in line
+    line = (job.state / "complaint").read_text()
+    assert "\n" not in line
+    assert "GiB a device (weights" in line
+    assert "set distill.teacher_dtype to bfloat16" in line
+
+
+def test_every_machine_of_params_yaml_can_train_sdxl(workspace: Path) -> None:
+    for machine in yaml.safe_load((ROOT / "params.yaml").read_text())["machines"]:
+        assert sdxl(machine).total > 0

@@ -1,184 +1,167 @@
-"""Training that was cut, or is shared by processes otherwise, ends as training that was not."""
+"""Training that was interrupted, or is shared by processes otherwise, ends as training that was not."""
 
-import contextlib
 import json
 import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from ranks import Training, alike, losses, same, weights
 
-from koala.config import load
-from koala.distill import checkpoint, history
-from koala.distill.loop import train
+from koala.distill import checkpoint
+from koala.distill.job import Job, checkpoints
+from koala.distill.train import StopSignal, train
 from koala.errors import KoalaError
 
-STUDENT = "koala-700m"
-ONE, TWO, SHARDED = (f"infra/accelerate/{name}.yaml" for name in ("cpu", "cpu-two", "fsdp2-cpu"))
 GOLDEN = Path(__file__).with_name("golden.json")
+MakeJob = Callable[..., Job]
 
 
-def weights(work: Path) -> dict[str, torch.Tensor]:
-    return load_file(work / "unet" / "diffusion_pytorch_model.safetensors")
+def run(job: Job) -> None:
+    """Train in this process."""
+    train(job, StopSignal())
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def resume(job: Job) -> None:
+    """Train on from the checkpoint before the last."""
+    shutil.rmtree(job.state / "unet")
+    shutil.rmtree(checkpoints(job.state)[-1])
+    run(job)
 
 
-@pytest.fixture
-def recipe(distillable, change_params) -> None:
-    change_params(
-        distill={
-            "steps": 8,
-            "batch_size": 4,
-            "micro_batch": 2,
-            "checkpoint_every": 2,
-            "log_every": 1,
-            "validate_every": 100,
-        }
-    )
+def test_a_run_that_was_killed_resumes_to_the_same_bits(make_job: MakeJob, uncut: Path) -> None:
+    """SIGKILL at a step without a checkpoint: the steps since the last one are repeated, to the bit."""
+    job = make_job()
+    Training(job).kill_after(5)
+    assert not (job.state / "unet").exists()
+    Training(job).wait()
+    assert same(weights(job.state), weights(uncut))
+    assert losses(job.state) == losses(uncut)
+    assert [row["step"] for row in losses(uncut)] == list(range(1, 9))
 
 
-def alike(a: Path, b: Path) -> None:
-    """The same curve and weights, but for fp32 rounding."""
-    for name, tensor in weights(b).items():
-        torch.testing.assert_close(weights(a)[name], tensor, rtol=1e-3, atol=1e-4)  # a fifth of one step
-    for ours, theirs in zip(history.read(a), history.read(b), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3)
+def test_two_processes_that_were_killed_resume_to_the_same_bits(make_job: MakeJob) -> None:
+    cut, whole = make_job("cut"), make_job("whole")
+    Training(cut, 2).kill_after(5)
+    resumed, uncut = Training(cut, 2), Training(whole, 2)
+    resumed.wait()
+    uncut.wait()
+    assert resumed.counts() == [2, 2]
+    assert uncut.counts() == [2]
+    assert same(weights(cut.state), weights(whole.state))
+    assert losses(cut.state) == losses(whole.state)
 
 
-def start(work: Path, config: str = ONE, *options: str) -> subprocess.Popen:
-    work.mkdir(exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        config,
-        *(options or ("--main_process_port", "0")),
-        "--quiet",
-    ]
-    environment = {**os.environ, "KOALA_WORK": str(work), "KOALA_RUN_ID": "", "OMP_NUM_THREADS": "1"}
-    with (work / "said").open("a") as said:
-        command += ["-m", "koala.distill.loop", STUDENT]
-        return subprocess.Popen(command, env=environment, start_new_session=True, stderr=said)
+@pytest.mark.parametrize(("first", "then"), [((2, True), (1, False)), ((1, False), (2, False))])
+def test_another_number_of_processes_resumes(
+    make_job: MakeJob, uncut: Path, first: tuple[int, bool], then: tuple[int, bool]
+) -> None:
+    """Sharded over two, then whole on one, and one, then two: the curve of training that was not interrupted."""
+    job = make_job()
+    Training(job, *first).kill_after(5)
+    resumed = Training(job, *then)
+    resumed.wait()
+    assert resumed.counts() == [first[0], then[0]]
+    alike(job.state, uncut)
 
 
-def processes(work: Path) -> list[int]:
-    """How many took part in each run of the folder, as they said."""
-    return [int(count) for count in re.findall(r"distill: (\d+) processes", (work / "said").read_text())]
-
-
-def kill_after(process: subprocess.Popen, work: Path, step: int, how: int, within: float = 30) -> None:
-    """Send a signal to the launcher and all that it started as soon as the history shows a step."""
-    for _ in range(1200):
-        rows = history.read(work)
-        if rows and rows[-1]["step"] >= step:
-            break
-        assert process.poll() is None
-        time.sleep(0.05)
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.send_signal(how)
-    process.wait(within)
-    _, alive = psutil.wait_procs(family, timeout=within)
-    assert not alive
-
-
-def test_a_run_that_was_killed_goes_on_to_the_same_bits(recipe, tmp_path, change_params) -> None:
-    """SIGKILL at a step with no checkpoint of its own: the steps since the last one are done again, to the bit."""
-    cut, whole = tmp_path / "cut", tmp_path / "whole"
-    process = start(cut)
-    kill_after(process, cut, 5, signal.SIGKILL)
-    assert not (cut / "unet").exists()
-    assert start(cut).wait(120) == 0
-    assert start(whole).wait(120) == 0
-    assert same(weights(cut), weights(whole))
-    assert history.read(cut) == history.read(whole)
-    assert [row["step"] for row in history.read(whole)] == list(range(1, 9))
-
-
-@pytest.mark.timeout(400)
-def test_two_processes_that_were_killed_go_on_to_the_same_bits(recipe, tmp_path) -> None:
-    cut, whole = tmp_path / "cut", tmp_path / "whole"
-    kill_after(start(cut, TWO), cut, 5, signal.SIGKILL)
-    assert start(cut, TWO).wait(120) == 0
-    assert start(whole, TWO).wait(120) == 0
-    assert processes(cut) == [2, 2] and processes(whole) == [2]
-    assert same(weights(cut), weights(whole))
-    assert history.read(cut) == history.read(whole)
-
-
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize(("first", "then"), [(SHARDED, ONE), (ONE, TWO)])
-def test_another_number_of_processes_goes_on(recipe, tmp_path, first: str, then: str) -> None:
-    """Sharded over two, then whole on one, and the other way round: the curve of training that was not cut."""
-    cut, whole = tmp_path / "cut", tmp_path / "whole"
-    kill_after(start(cut, first), cut, 5, signal.SIGKILL)
-    assert start(cut, then).wait(120) == 0
-    assert start(whole).wait(120) == 0
-    assert processes(cut) == [1 if first == ONE else 2, 1 if then == ONE else 2]
-    alike(cut, whole)
-
-
-def test_sigterm_in_the_middle_of_a_step_saves_and_leaves_within_ten_seconds(recipe, tmp_path, change_params) -> None:
-    """Of 14 micro-batches a step, so that the signal falls into one: the step is left, and done again by the next run."""
-    change_params(distill={"steps": 4, "batch_size": 28, "micro_batch": 2, "checkpoint_every": 100})
-    cut, whole = tmp_path / "cut", tmp_path / "whole"
-    process = start(cut)
-    kill_after(process, cut, 2, signal.SIGTERM, within=10)
-    (saved,) = checkpoint.checkpoints(cut)
+def test_sigterm_in_the_middle_of_a_step_saves_and_exits(make_job: MakeJob) -> None:
+    """Of 14 micro-batches a step, so that the signal falls into one: the step is left to the next run."""
+    sizes = {"steps": 4, "batch_size": 28, "machine": {"micro_batch": 2, "checkpoint_every": 100}}
+    cut, whole = make_job("cut", **sizes), make_job("whole", **sizes)
+    training = Training(cut)
+    training.wait_for(2)
+    training.signal(signal.SIGTERM)
+    assert training.statuses(10) == [128 + signal.SIGTERM]
+    (saved,) = checkpoints(cut.state)
     assert saved.name in ("step-00000002", "step-00000003")
-    assert not (cut / "unet").exists()
-    assert start(cut).wait(120) == 0
-    assert start(whole).wait(120) == 0
-    assert same(weights(cut), weights(whole))
+    assert not (cut.state / "unet").exists()
+    Training(cut).wait()
+    Training(whole).wait()
+    assert same(weights(cut.state), weights(whole.state))
 
 
-def test_a_checkpoint_of_another_configuration_is_refused_with_the_difference(recipe, tmp_path, change_params) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
-    train(load(), STUDENT, work, None)
-    shutil.rmtree(work / "unet")
-    change_params(
-        distill={"learning_rate": 1.0e-4, "micro_batch": 4, "checkpoint_every": 3}
-    )  # the last two are no matter
-    with pytest.raises(KoalaError, match=r"distill\.learning_rate 0\.0005 \(now 0\.0001\): restore"):
-        train(load(), STUDENT, work, None)
-    assert len(checkpoint.checkpoints(work)) == 2
+def test_sigterm_to_one_of_two_processes_stops_both_once_the_state_is_saved(make_job: MakeJob) -> None:
+    """Ranks that left before rank 0 had written would have the launcher kill it in the middle."""
+    job = make_job(steps=200, machine={"checkpoint_every": 1000})
+    training = Training(job, 2, environment={"KOALA_TEST_SLOW_SAVE": "2"})
+    training.wait_for(2)
+    os.kill(training.ranks[1].pid or 0, signal.SIGTERM)
+    training.ranks[1].join(30)
+    assert checkpoints(job.state), "rank 1 left before rank 0 had saved"
+    assert training.statuses() == [128 + signal.SIGTERM] * 2
 
 
-def test_a_kill_while_saving_leaves_the_checkpoints_before(recipe, tmp_path) -> None:
-    params = load()
-    work, whole = tmp_path / "work", tmp_path / "whole"
-    for folder in (work, whole):
-        folder.mkdir()
-        train(params, STUDENT, folder, None)
+def test_bad_steps_end_all_processes_once_the_state_is_saved(make_job: MakeJob) -> None:
+    job = make_job(learning_rate=1e30, warmup=0, steps=50, machine={"max_bad_steps": 2, "checkpoint_every": 1000})
+    training = Training(job, 2, environment={"KOALA_TEST_SLOW_SAVE": "2"})
+    training.ranks[1].join(60)
+    assert checkpoints(job.state), "rank 1 left before rank 0 had saved"
+    assert training.statuses() == [2, 2]
+    assert "2 steps in a row with a non-finite gradient" in (job.state / "complaint").read_text()
+
+
+def test_a_kill_while_saving_leaves_the_checkpoints_before(make_job: MakeJob, uncut: Path) -> None:
+    job = make_job()
+    shutil.copytree(uncut, job.state, dirs_exist_ok=True)
     # As if killed while the last checkpoint was being written, before the U-Net was.
-    last = checkpoint.checkpoints(work)[-1]
+    last = checkpoints(job.state)[-1]
     last.rename(last.with_suffix(".partial"))
     (last.with_suffix(".partial") / "optimizer.safetensors").write_bytes(b"half")
-    shutil.rmtree(work / "unet")
-    train(params, STUDENT, work, None)
-    assert same(weights(work), weights(whole))
+    shutil.rmtree(job.state / "unet")
+    Training(job).wait()
+    assert same(weights(job.state), weights(uncut))
 
 
-def test_deterministic_kernels_are_asked_for_before_training(recipe, tmp_path, change_params) -> None:
-    change_params(distill={"deterministic": True, "steps": 1})
+def test_channels_last_resumes_to_the_same_bits(make_job: MakeJob) -> None:
+    """Optimizer states take the strides of their weights: fused AdamW pairs them by place in memory."""
+    cut, whole = make_job("cut", machine={"channels_last": True}), make_job("whole", machine={"channels_last": True})
+    run(whole)
+    run(cut)
+    resume(cut)
+    assert same(weights(cut.state), weights(whole.state))
+    assert losses(cut.state) == losses(whole.state)
+
+
+def test_restored_states_have_the_strides_of_their_weights(make_job: MakeJob) -> None:
+    from accelerate import Accelerator
+
+    from koala.distill.train import build_task, load_teacher
+    from koala.distill.trainer import Trainer
+
+    job = make_job(steps=2, machine={"channels_last": True})
+    run(job)
+    trainer = Trainer(build_task(job, load_teacher(job, with_vae=False)), job.config, Accelerator(cpu=True))
+    checkpoint.load(checkpoints(job.state)[-1], trainer.student, trainer.optimizer, trainer.ema)
+    convolution = trainer.student.down_blocks[1].resnets[0].conv1.weight
+    assert convolution.is_contiguous(memory_format=torch.channels_last)
+    assert not convolution.is_contiguous()
+    for parameter in trainer.student.parameters():
+        states = trainer.optimizer.state[parameter]
+        assert states["exp_avg"].stride() == states["exp_avg_sq"].stride() == parameter.stride()
+
+
+def test_more_steps_of_a_constant_rate_continue_a_finished_run(make_job: MakeJob) -> None:
+    whole = make_job("whole", schedule="constant")
+    run(whole)
+    extended = make_job("extended", schedule="constant", steps=4)
+    run(extended)
+    shutil.rmtree(extended.state / "unet")
+    run(make_job("extended", schedule="constant"))
+    assert same(weights(extended.state), weights(whole.state))
+    assert losses(extended.state) == losses(whole.state)
+    with pytest.raises(KoalaError, match=r"a run of 8 steps already: set distill.steps to 8 or more"):
+        run(make_job("extended", schedule="constant", steps=6))
+
+
+def test_deterministic_kernels_are_asked_for_before_training(make_job: MakeJob) -> None:
     assert not torch.are_deterministic_algorithms_enabled()
     try:
-        train(load(), STUDENT, tmp_path, None)
+        run(make_job(steps=1, machine={"deterministic": True}))
         assert torch.are_deterministic_algorithms_enabled()
         # Where torch only warns, flash attention's backward keeps its own order.
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
@@ -187,62 +170,45 @@ def test_deterministic_kernels_are_asked_for_before_training(recipe, tmp_path, c
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
-def test_only_the_last_checkpoints_are_kept(recipe, tmp_path) -> None:
-    tmp_path.joinpath("work").mkdir()
-    train(load(), STUDENT, tmp_path / "work", None)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path / "work")] == ["step-00000006", "step-00000008"]
+def test_only_the_last_checkpoints_are_kept(uncut: Path) -> None:
+    assert [path.name for path in checkpoints(uncut)] == ["step-00000006", "step-00000008"]
 
 
-@pytest.mark.timeout(400)
-def test_two_processes_equal_one(recipe, tmp_path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_equal_one(make_job: MakeJob, uncut: Path, sharded: bool) -> None:
     """The same global batch gives the same curve within fp32 rounding, whoever computes it, sharded or not."""
-    one, two, sharded = tmp_path / "one", tmp_path / "two", tmp_path / "sharded"
-    for work, config in ((one, ONE), (two, TWO), (sharded, SHARDED)):
-        assert start(work, config).wait(200) == 0
-    assert processes(one) == [1] and processes(two) == [2] and processes(sharded) == [2]
-    alike(two, one)
-    alike(sharded, one)
+    job = make_job()
+    training = Training(job, 2, sharded)
+    training.wait()
+    assert training.counts() == [2]
+    alike(job.state, uncut)
 
 
-@pytest.mark.timeout(300)
-def test_two_machines_equal_one_process(recipe, tmp_path) -> None:
-    """Two launchers that meet over loopback, as on two machines with a shared disk."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert start(one).wait(120) == 0
-    machines = [start(two, "infra/accelerate/two-nodes-cpu.yaml", "--machine_rank", rank) for rank in "01"]
-    assert [machine.wait(200) for machine in machines] == [0, 0]
-    assert processes(two) == [2]
-    alike(two, one)
-
-
-def test_moments_of_eight_bits_go_on_to_the_same_bits(recipe, tmp_path, change_params) -> None:
+def test_8bit_states_resume_to_the_same_bits(make_job: MakeJob) -> None:
     pytest.importorskip("bitsandbytes")
-    change_params(distill={"optimizer": "adamw-8bit"})
-    cut, whole = tmp_path / "cut", tmp_path / "whole"
-    for work in (cut, whole):
-        work.mkdir()
-        train(load(), STUDENT, work, None)
-    shutil.rmtree(cut / "unet")
-    shutil.rmtree(checkpoint.checkpoints(cut)[-1])
-    train(load(), STUDENT, cut, None)
-    assert same(weights(cut), weights(whole))
+    for channels_last in (False, True):
+        options = {"optimizer": "adamw-8bit", "machine": {"channels_last": channels_last}}
+        cut, whole = make_job(f"cut-{channels_last}", **options), make_job(f"whole-{channels_last}", **options)
+        run(whole)
+        run(cut)
+        resume(cut)
+        assert same(weights(cut.state), weights(whole.state))
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is there")
-def test_moments_of_eight_bits_need_their_library(recipe, tmp_path, change_params) -> None:
-    change_params(distill={"optimizer": "adamw-8bit"})
+def test_8bit_states_need_their_library(make_job: MakeJob) -> None:
     with pytest.raises(KoalaError, match="needs bitsandbytes: `pip install bitsandbytes`"):
-        train(load(), STUDENT, tmp_path, None)
+        run(make_job(optimizer="adamw-8bit"))
 
 
-def test_the_curve_is_where_it_was(recipe, tmp_path, change_params) -> None:
+def test_the_curve_is_where_it_was(make_job: MakeJob) -> None:
     """Golden: a change of the loop, the losses, the data's order or the noise that moves the curve shows here.
 
     Where it is meant to move, write golden.json anew: run this test with KOALA_GOLDEN=write.
     """
-    change_params(distill={"ema_decay": 0.9, "min_snr_gamma": 5.0, "warmup": 2})
-    train(load(), STUDENT, tmp_path, None)
-    rows = history.read(tmp_path)
+    job = make_job(batch_size=4, min_snr_gamma=5.0, warmup=2, ema_decay=0.9)
+    run(job)
+    rows = losses(job.state)
     if os.environ.get("KOALA_GOLDEN") == "write":
         GOLDEN.write_text(json.dumps(rows, indent=1) + "\n")
     golden = json.loads(GOLDEN.read_text())

@@ -1,113 +1,125 @@
-"""Metrics against values worked out by hand; the report's table; grids."""
+"""The stage `evaluate`, called with folders."""
+
+import json
+import shutil
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from koala.demo.shapes import Attributes, draw, sample_scene
+from koala import generate
+from koala.demo.attributes import Attributes
 from koala.errors import KoalaError
-from koala.evaluate.attributes import attribute_accuracy
-from koala.evaluate.config import EvaluateConfig
-from koala.evaluate.latency import step_latency
-from koala.evaluate.metrics import agreement, clip_score
-from koala.evaluate.prompts import load_prompts
-from koala.evaluate.report import table, write
-from koala.grid import grid, tiles
-
-CONFIG = {"prompts": "shapes", "count": 5, "metrics": ("attributes",), "steps": 2, "guidance": 1.0}
+from koala.evaluate import evaluate as module
+from koala.evaluate.evaluate import evaluate
+from koala.evaluate.images import image_file
+from koala.evaluate.prompts import seeded_prompts
+from koala.run import STATE, NoRun
 
 
-def test_attribute_accuracy_counts_each_attribute_and_all_of_them() -> None:
-    asked = [Attributes("large", "red", "circle", "white")] * 4
-    seen = [
-        Attributes("large", "red", "circle", "white"),
-        Attributes("small", "red", "circle", "white"),
-        Attributes("small", "blue", "circle", "white"),
-        None,
-    ]
-    answers = iter(seen)
-    measured = attribute_accuracy([Image.new("RGB", (4, 4))] * 4, asked, lambda _: next(answers))
-    expected = {"size": 1, "colour": 2, "shape": 3, "background": 3, "all": 1, "nothing": 1}
-    assert measured == {f"attributes/{name}": count / 4 for name, count in expected.items()}
+@pytest.fixture
+def judged(tiny_teacher, students, finished):
+    """Folders that `evaluate` takes: the teacher, the student before and after, and the teacher's images."""
+    before, after = students
+    return {"teacher": tiny_teacher, "student": before, "distilled": after, "reference": finished}
 
 
-def test_drawn_pictures_have_all_attributes_right() -> None:
-    scenes = [sample_scene(3, index) for index in range(40)]
-    measured = attribute_accuracy([draw(scene, 32) for scene in scenes], [scene.attributes for scene in scenes])
-    assert measured["attributes/all"] == 1
+def test_each_model_is_measured_on_its_own_images(judged, make_config, tmp_path, recorder, projection) -> None:
+    """Before and after have other weights: mixing them up, or with the teacher, changes the values."""
+    config, out = make_config(), tmp_path / "evaluation"
+    evaluate(config, **judged, out=out, run=recorder)
+    metrics = json.loads((out / "metrics.json").read_text())
+    folders = {"teacher": judged["teacher"], "before": judged["student"], "after": judged["distilled"]}
+    expected: dict[str, float] = {}
+    for model, folder in folders.items():
+        prompts = seeded_prompts(config.prompts, config.count, config.seed)
+        seeded = [(prompt.text, prompt.seed) for prompt in prompts]
+        images = generate.generate(generate.load(folder, config.dtype), seeded, config.sampling)
+        expected[model] = np.mean([projection(image) for image in images])
+    assert all(abs(expected[one] - expected[other]) > 1 for one, other in combinations(expected, 2)), expected
+    for model, value in expected.items():
+        assert metrics[model]["projection"] == pytest.approx(value, abs=0.2), model
+    assert metrics["share_of_teacher/projection"] == pytest.approx(expected["after"] / expected["teacher"], abs=0.01)
+
+    assert set(metrics) == {"teacher", "before", "after", "size_of_teacher", "speed_up", "share_of_teacher/projection"}
+    assert set(metrics["teacher"]) == {"projection", "unet_parameters", "step_ms"}
+    assert set(metrics["after"]) == set(metrics["before"]) == {*metrics["teacher"], "agreement_db"}
+    assert metrics["before"]["unet_parameters"] == metrics["after"]["unet_parameters"]
+    assert metrics["size_of_teacher"] == metrics["after"]["unet_parameters"] / metrics["teacher"]["unet_parameters"] < 1
+    assert metrics["speed_up"] > 0
+
+    assert recorder.logged["projection"] == metrics["after"]["projection"]
+    assert recorder.logged["before.projection"] == metrics["before"]["projection"]
+    assert recorder.logged["teacher.step_ms"] == metrics["teacher"]["step_ms"]
+    assert recorder.images == [("grid", 0)]
+    assert {"metrics.json", "summary.md", "summary.txt", "plots", "curves"} <= set(recorder.files)
 
 
-def test_agreement_is_the_mean_psnr() -> None:
-    gray = [Image.new("RGB", (4, 4), (100, 100, 100))] * 2
-    other = [Image.new("RGB", (4, 4), (110, 110, 110)), Image.new("RGB", (4, 4), (101, 101, 101))]
-    assert agreement(other, gray) == pytest.approx((10 * np.log10(255**2 / 100) + 10 * np.log10(255**2)) / 2, rel=1e-5)
-
-
-def test_clip_score_never_counts_below_zero() -> None:
-    images = np.array([[1.0, 0.0], [0.0, 1.0]])
-    texts = np.array([[0.6, 0.8], [0.0, -1.0]])
-    assert clip_score([], [], lambda _: images, lambda _: texts) == pytest.approx(100 * 0.6 / 2)
-
-
-def test_prompts_are_taken_in_turn_with_seeds_of_their_own(tmp_path) -> None:
-    prompts = load_prompts(EvaluateConfig(**(CONFIG | {"count": 110, "seed": 7})))
-    assert prompts[0].text == prompts[108].text and prompts[0].seed == 7 and prompts[108].seed == 115
-    assert len({prompt.asked for prompt in prompts}) == 108
-    file = tmp_path / "prompts.txt"
-    file.write_text("a fox\n\n a ship \n")
-    own = load_prompts(EvaluateConfig(**(CONFIG | {"prompts": str(file), "metrics": (), "count": 3})))
-    assert [prompt.text for prompt in own] == ["a fox", "a ship", "a fox"]
-    file.write_text("\n")
-    with pytest.raises(KoalaError, match="holds no prompt"):
-        load_prompts(EvaluateConfig(**(CONFIG | {"prompts": str(file), "metrics": ()})))
-    with pytest.raises(KoalaError, match="not there"):
-        load_prompts(EvaluateConfig(**(CONFIG | {"prompts": "nowhere.txt", "metrics": ()})))
-
-
-MEASURED = {
-    "teacher": {"unet_parameters": 1000, "step_ms": 20.0, "attributes/all": 0.9},
-    "before": {"unet_parameters": 310, "step_ms": 8.0, "attributes/all": 0.0, "agreement_db": 8.0},
-    "after": {"unet_parameters": 310, "step_ms": 8.0, "attributes/all": 0.85, "agreement_db": 20.0},
-}
-
-
-def test_table_shows_size_and_speed_beside_the_teachers() -> None:
-    columns, rows = table("koala-700m", MEASURED)
-    after = dict(zip(columns, rows[2], strict=True))
-    assert after["model"] == "koala-700m after" and after["size"] == "31%" and after["speed"] == "2.50 x"
-    assert after["attributes right"] == "85.0%" and dict(zip(columns, rows[0], strict=True))["PSNR to teacher"] == "-"
-
-
-def test_report_is_written(tmp_path) -> None:
-    full = {
-        name: values | {f"attributes/{what}": 0.5 for what in ("size", "colour", "shape", "background")}
-        for name, values in MEASURED.items()
+def test_the_evaluation_holds_what_dvc_declares_and_no_more(judged, make_config, tmp_path) -> None:
+    out = tmp_path / "evaluation"
+    (out / "plots").mkdir(parents=True)
+    (out / "plots" / "old.png").write_bytes(b"of an earlier call")
+    evaluate(make_config(metrics=(Attributes(),)), **judged, out=out, run=NoRun())
+    assert {path.name for path in out.iterdir()} == {
+        "curves",
+        "metrics.json",
+        "plots",
+        STATE,
+        "summary.md",
+        "summary.txt",
     }
-    prompts = load_prompts(EvaluateConfig(**CONFIG))
-    images = [draw(sample_scene(0, index), 32) for index in range(5)]
-    write(tmp_path, "koala-700m", full, {name: images for name in full}, prompts, rows=3)
-    assert (tmp_path / "summary.md").read_text().count("\n") == 5
-    assert (tmp_path / "summary.txt").read_text().splitlines()[2].startswith("teacher ")
-    assert Image.open(tmp_path / "grid.png").height > 3 * 96
-    assert Image.open(tmp_path / "attributes.png").width > 500
-    assert (tmp_path / "attributes.csv").read_text().splitlines()[0] == "model,attribute,right"
+    assert {path.name for path in (out / "plots").iterdir()} == {"grid.png", "attributes.png", "curves.png"}
+    assert (out / "curves" / "curves.csv").read_text() == "step,loss/total\n1,0.5\n"
+    assert "koala-700m after" in (out / "summary.md").read_text()
+    # A pipeline without curves, from elsewhere: a table without rows.
+    bare = shutil.copytree(judged["distilled"], tmp_path / "bare", ignore=shutil.ignore_patterns("curves.*"))
+    evaluate(make_config(), **{**judged, "distilled": Path(bare)}, out=out, run=NoRun())
+    assert {path.name for path in (out / "plots").iterdir()} == {"grid.png"}
+    assert (out / "curves" / "curves.csv").read_text() == "step,loss/total\n"
 
 
-def test_grid_shows_prompts_down_and_models_across() -> None:
-    red, blue = (Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
-    sheet = np.asarray(grid(["one", "two"], {"a": [red, blue], "b": [blue, red]}))
-    cells = [(190 + 48, 28 + 48), (190 + 102 + 48, 28 + 48), (190 + 48, 28 + 102 + 48)]
-    assert [tuple(sheet[y, x]) for x, y in cells] == [(255, 0, 0), (0, 0, 255), (0, 0, 255)]
-    assert tiles([red] * 5, across=4).size == (4 * 102 + 6, 2 * 102 + 6)
+def test_an_interrupted_evaluation_resumes(judged, make_config, tmp_path, monkeypatch) -> None:
+    config, out = make_config(), tmp_path / "evaluation"
+    loaded = []
+    plain = generate.load
+
+    def load(model, dtype):
+        loaded.append(model)
+        return plain(model, dtype)
+
+    monkeypatch.setattr(generate, "load", load)
+    monkeypatch.setattr(module, "_costs", lambda *_: pytest.fail("interrupted"))
+    with pytest.raises(pytest.fail.Exception):
+        evaluate(config, **judged, out=out, run=NoRun())
+    assert loaded == [judged["student"], judged["distilled"]]  # the teacher's pipeline is not needed
+    monkeypatch.undo()
+    monkeypatch.setattr(generate, "load", load)
+    loaded.clear()
+    image_file(out / STATE / "after", 3).unlink()
+    evaluate(config, **judged, out=out, run=NoRun())
+    assert loaded == [judged["distilled"]]
 
 
-def test_latency_of_a_smaller_unet_is_lower(tiny_teacher) -> None:
-    from diffusers import StableDiffusionXLPipeline
+def test_only_two_unets_are_in_memory_for_latency(judged, make_config, tmp_path, monkeypatch) -> None:
+    config, out = make_config(), tmp_path / "evaluation"
+    evaluate(config, **judged, out=out, run=NoRun())
+    loaded = []
+    plain = module._load_unet
+    monkeypatch.setattr(module, "_load_unet", lambda folder, dtype: loaded.append(folder) or plain(folder, dtype))
+    monkeypatch.setattr(generate, "load", lambda *_: pytest.fail("a whole pipeline was loaded"))
+    evaluate(config, **judged, out=out, run=NoRun())
+    assert loaded == [judged["teacher"], judged["distilled"]]
 
-    from koala.config import load
-    from koala.unet.build import build_student
 
-    unet = StableDiffusionXLPipeline.from_pretrained(tiny_teacher, use_safetensors=True).unet
-    student = build_student(unet, load().student("koala-700m"))
-    seconds = step_latency({"teacher": unet, "student": student}, tokens=8, batch=1, repeats=9)
-    assert 0 < seconds["student"] < seconds["teacher"]
+def test_a_reference_of_other_prompts_is_refused_before_any_work(judged, make_config, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(generate, "load", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(
+        KoalaError, match=r"other prompts or seeds than evaluate\.prompts asks for: run `koala reference`"
+    ):
+        evaluate(make_config(seed=8), **judged, out=tmp_path / "evaluation", run=NoRun())
+
+
+def test_a_student_of_another_shape_is_refused(judged, make_config, tmp_path) -> None:
+    with pytest.raises(KoalaError, match="differ: give one student before and after distillation"):
+        evaluate(make_config(), **{**judged, "student": judged["teacher"]}, out=tmp_path / "evaluation", run=NoRun())

@@ -1,17 +1,28 @@
 """A tiny DVC project, with the flow's own code in it, and Prefect and MLflow to run it on."""
 
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.settings import get_current_settings
+from prefect.testing.utilities import prefect_test_harness
+
+from flows.processes import carrying
 
 ROOT = Path(__file__).parents[2]
+
+# Variable that all processes of a test carry, so that a test can see what it left.
+MARK = "FLOWS_TEST"
 
 # Stages that koala knows nothing of, so that a list of stages in flows/ would not pass.
 DVC_YAML = """
@@ -26,27 +37,42 @@ stages:
   evaluate:
     foreach: ${students}
     do:
-      cmd: python stage.py artifacts/demo/evaluate/${key}
+      cmd: python stage.py artifacts/demo/evaluation/${key}
       deps: ["artifacts/${profile}/heat", "artifacts/${profile}/knead"]
-      outs: ["artifacts/${profile}/evaluate/${key}"]
+      metrics: ["artifacts/${profile}/evaluation/${key}/metrics.json"]
+      outs:
+        - artifacts/${profile}/evaluation/${key}/plots
+        - artifacts/${profile}/evaluation/${key}/summary.md
+        - artifacts/${profile}/evaluation/${key}/summary.txt
   publish:
     foreach: ${students}
     do:
-      cmd: python stage.py artifacts/demo/publish/${key}
-      deps: ["artifacts/${profile}/evaluate/${key}"]
-      outs: ["artifacts/${profile}/publish/${key}"]
+      cmd: python stage.py artifacts/demo/release/${key}
+      deps: ["artifacts/${profile}/evaluation/${key}"]
+      outs: ["artifacts/${profile}/release/${key}"]
 """
 
+PARAMS = "profile: demo\nmachine: toaster\nstudents: {koala-a: {x: 1}, koala-b: {x: 2}}\n"
+
+METRICS = {
+    "teacher": {"unet_parameters": 6.0, "attributes": {"all": 0.9}},
+    "before": {"unet_parameters": 2.0, "attributes": {"all": 0.1}},
+    "after": {"unet_parameters": 2.0, "attributes": {"all": 0.8}},
+    "size_of_teacher": 0.33,
+}
+
 # Each stage makes its folder. What else it does, the test writes into the file do.py.
-STAGE_PY = """
-import os, sys
+STAGE_PY = f"""
+import json, os, sys
 from pathlib import Path
 
 out = Path(sys.argv[1])
-out.mkdir(parents=True)
-print(f"making {out.name} in {os.environ['KOALA_PARENT_RUN']}")
-if "evaluate" in out.parts:
-    (out / "grid.png").write_bytes(b"a picture")
+out.mkdir(parents=True, exist_ok=True)
+print(f"making {{out.name}} in {{os.environ['KOALA_PARENT_RUN']}}")
+if "evaluation" in out.parts:
+    (out / "plots").mkdir(exist_ok=True)
+    (out / "plots/grid.png").write_bytes(b"an image")
+    (out / "metrics.json").write_text(json.dumps({METRICS!r}))
     (out / "summary.md").write_text("| model | size |\\n|---|---|\\n| teacher | 6 M |")
     (out / "summary.txt").write_text("model    size\\n-------  ----\\nteacher   6 M\\n")
 if Path("do.py").exists():
@@ -54,7 +80,7 @@ if Path("do.py").exists():
 (out / "done").write_text("yes")
 """
 
-# Two processes, one of them in a session of its own, as accelerate's ranks are. Their ids go to the file pids.
+# Two processes, one of them in its own session, as accelerate's ranks are. Their ids go to the file pids.
 LINGER = """
 if out.name == "heat":
     import signal, subprocess, time
@@ -75,29 +101,79 @@ def make_project() -> Callable[[Path], None]:
 
     def make(folder: Path) -> None:
         folder.mkdir()
-        (folder / "flows").symlink_to(ROOT / "flows")
+        for name in ("flows", "infra"):
+            (folder / name).symlink_to(ROOT / name)
         (folder / "prefect.toml").write_text((ROOT / "prefect.toml").read_text())
-        (folder / "params.yaml").write_text("profile: demo\nstudents: {koala-a: {x: 1}, koala-b: {x: 2}}\n")
+        (folder / "params.yaml").write_text(PARAMS)
         (folder / "dvc.yaml").write_text(DVC_YAML)
         (folder / "stage.py").write_text(STAGE_PY)
-        for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
+        for command in (
+            ["git", "init", "--quiet"],
+            [sys.executable, "-m", "dvc", "init", "--quiet"],
+            ["cp", ROOT / ".dvc/config", ".dvc/config"],  # no usage data: DVC sends it from a process that stays
+            ["git", "add", "--all"],
+            ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "--message=tiny"],
+        ):
             subprocess.run(command, cwd=folder, check=True)
 
     return make
 
 
+@pytest.fixture(scope="session")
+def blank_project(make_project: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project to copy: making one takes a second."""
+    folder = tmp_path_factory.mktemp("blank") / "project"
+    make_project(folder)
+    return folder
+
+
 @pytest.fixture
-def project(tmp_path: Path, make_project: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project, as the current directory."""
-    make_project(tmp_path / "project")
-    monkeypatch.chdir(tmp_path / "project")
-    return tmp_path / "project"
+def project(tmp_path: Path, blank_project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A project, as the current directory. No process that a test starts in it outlives the test."""
+    folder = tmp_path / "project"
+    subprocess.run(["cp", "-a", blank_project, folder], check=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv(MARK, str(folder))
+    yield folder
+    left = carrying(MARK, str(folder))
+    told = [process.cmdline() for process in left]
+    for process in left:
+        process.kill()
+    assert told == []
 
 
 @pytest.fixture(scope="session")
-def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One store for all: making the tables takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+def mlflow_store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> str:
+    """One store for all tests of flows."""
+    return f"sqlite:///{shutil.copy(empty_store, tmp_path_factory.mktemp('flows') / 'mlflow.db')}"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SyncPrefectClient, Path]]:
+    """One Prefect server for all flows that need none of their own, and a copy of its database while that is empty."""
+    copy = tmp_path_factory.mktemp("prefect") / "prefect.db"
+    with prefect_test_harness(server_startup_timeout=120), get_client(sync_client=True) as client:
+        url = get_current_settings().server.database.connection_url
+        assert url
+        with (
+            closing(sqlite3.connect(url.get_secret_value().partition(":///")[2])) as database,
+            closing(sqlite3.connect(copy)) as to,
+        ):
+            database.backup(to)
+        yield client, copy
+
+
+@pytest.fixture(scope="session")
+def client(server: tuple[SyncPrefectClient, Path]) -> SyncPrefectClient:
+    """A client of the shared server; the settings of this process point to it too."""
+    return server[0]
+
+
+@pytest.fixture
+def with_tables(server: tuple[SyncPrefectClient, Path], project: Path) -> None:
+    """Give the project's own Prefect server a database with tables: making them takes 12 s."""
+    (project / ".prefect").mkdir()
+    shutil.copy(server[1], project / ".prefect/prefect.db")
 
 
 @pytest.fixture
@@ -105,7 +181,8 @@ def outside(project: Path, mlflow_store: str, tmp_path: Path) -> dict[str, str]:
     """The environment for a program started in the project: nothing of the user's or of this test run's own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "KOALA", "MLFLOW"))}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**kept, "HOME": str(tmp_path), "PYTHONPATH": path, "MLFLOW_TRACKING_URI": mlflow_store}
+    own = {"HOME": str(tmp_path), "PYTHONPATH": path, "MLFLOW_TRACKING_URI": mlflow_store}
+    return {**kept, **own, "PREFECT_WORKER_QUERY_SECONDS": "0.5"}
 
 
 @pytest.fixture
@@ -113,10 +190,18 @@ def start(project: Path, outside: dict[str, str]) -> Iterator[Callable[..., subp
     """Starts `python ...` in the project, its output in the file `log`; asks it to end after the test, if it still runs."""
     started: list[subprocess.Popen[str]] = []
 
-    def run(*arguments: str) -> subprocess.Popen[str]:
+    def run(*arguments: str, **environment: str) -> subprocess.Popen[str]:
         with (project / "log").open("w") as log:
-            command = [sys.executable, *arguments]
-            started.append(subprocess.Popen(command, env=outside, stdout=log, stderr=subprocess.STDOUT, text=True))
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, *arguments],
+                    env={**outside, **environment},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    start_new_session=True,  # a process group, as a terminal gives each command
+                )
+            )
         return started[-1]
 
     yield run
@@ -138,7 +223,7 @@ class Lingering:
         deadline = time.monotonic() + seconds
         while not (self._project / "pids").exists():
             assert time.monotonic() < deadline, (self._project / "log").read_text()
-            time.sleep(0.1)
+            time.sleep(0.05)
 
     def left(self) -> list[int]:
         """Those of its processes that still run."""
@@ -148,7 +233,7 @@ class Lingering:
         deadline = time.monotonic() + seconds
         while self.left():
             assert time.monotonic() < deadline, f"{self.left()} run on:\n{(self._project / 'log').read_text()}"
-            time.sleep(0.1)
+            time.sleep(0.05)
 
     @property
     def saved(self) -> bool:

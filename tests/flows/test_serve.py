@@ -12,23 +12,15 @@ from uuid import UUID
 
 import psutil
 import pytest
-import yaml
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 
 from flows.processes import carrying
-from flows.serve import SERVICE
+from flows.services import SERVICE, free_port
 
-ROOT = Path(__file__).parents[2]
 PREFECT = Path(sys.executable).parent / "prefect"
 SERVICES = ("mlflow", "prefect-server", "prefect-worker")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize("which", ["prefect", "mlflow"])
@@ -47,45 +39,49 @@ def test_a_port_in_use_is_one_line_before_anything_starts(
     assert not (project / ".prefect").exists()
 
 
-def test_the_schedules_are_off() -> None:
-    deployments = yaml.safe_load((ROOT / "infra/prefect.yaml").read_text())["deployments"]
-    assert {one["name"]: one["parameters"]["student"] for one in deployments} == {
-        "koala-700m": "koala-700m",
-        "koala-1b": "koala-1b",
-    }
-    assert [schedule["active"] for one in deployments for schedule in one["schedules"]] == [False, False]
+def test_a_killed_serve_leaves_no_service(start: Callable[..., subprocess.Popen[str]], project: Path) -> None:
+    serve = start("-m", "flows.serve", f"--prefect-port={free_port()}", f"--mlflow-port={free_port()}")
+    log = project / "log"
+    services = ("mlflow", "prefect-server")
+    wait_until(lambda: all(len(serving(name, serve)) > 1 for name in services), 60, serve, log)  # a guard and a program
+    serve.kill()
+    serve.wait()
+    deadline = time.monotonic() + 30
+    while left := [process for name in services for process in serving(name, serve)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
 
 
+@pytest.mark.usefixtures("with_tables")
 def test_runs_are_cancelled_and_lost_and_ended_without_a_trace(
     start: Callable[..., subprocess.Popen[str]], project: Path, outside: dict[str, str], lingering
 ) -> None:
     """One test, since a server takes half a minute: each step needs the one before."""
-    (project / "infra").mkdir()
-    deployments = (ROOT / "infra/prefect.yaml").read_text()
-    (project / "infra/prefect.yaml").write_text(
-        deployments.replace("koala-700m", "koala-a").replace("koala-1b", "koala-b")
-    )
     log = project / "log"
     port = free_port()
     serve = start("-m", "flows.serve", f"--prefect-port={port}", f"--mlflow-port={free_port()}")
     wait_until(lambda: "in another terminal" in log.read_text(), 180, serve, log)
     address = f"http://127.0.0.1:{port}/api"
-
-    def run() -> UUID:
-        command = [PREFECT, "deployment", "run", "distill/koala-a"]
-        told = subprocess.run(command, env={**outside, "PREFECT_API_URL": address}, capture_output=True, text=True)
-        lingering.wait()
-        found = re.search(r"UUID: (\S+)", told.stdout)
-        assert found, told.stdout + told.stderr
-        return UUID(found[1])
+    assert "prefect deployment run distill/koala-a --watch" in log.read_text()
 
     with temporary_settings({PREFECT_API_URL: address}), get_client(sync_client=True) as client:
 
         def ends_as(state: str, run: UUID) -> None:
             wait_until(lambda: str(client.read_flow_run(run).state_type) == f"StateType.{state}", 40, serve, log)
 
+        def run() -> UUID:
+            run = client.create_flow_run_from_deployment(client.read_deployment_by_name("distill/koala-a").id)
+            lingering.wait()
+            return run.id
+
         # Cancelled: the stage saves its work, and both of its processes are gone.
-        cancelled = run()
+        command = [PREFECT, "deployment", "run", "distill/koala-a"]
+        told = subprocess.run(command, env={**outside, "PREFECT_API_URL": address}, capture_output=True, text=True)
+        found = re.search(r"UUID: (\S+)", told.stdout)
+        assert found, told.stdout + told.stderr
+        cancelled = UUID(found[1])
+        lingering.wait()
+        assert client.read_flow_run(cancelled).name.startswith("distill koala-a ")
         client.set_flow_run_state(cancelled, Cancelling())
         lingering.wait_until_gone(40)
         assert lingering.saved
@@ -108,11 +104,17 @@ def test_runs_are_cancelled_and_lost_and_ended_without_a_trace(
     assert lingering.left() == []
     assert lingering.saved
     assert "Finished in state Crashed" in log.read_text()
-    assert [process for name in SERVICES for process in carrying(SERVICE, f"{name}-{serve.pid}")] == []
+    assert [process for name in SERVICES for process in serving(name, serve)] == []
+
+
+def serving(name: str, serve: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes of one service."""
+    return carrying(SERVICE, f"{name}-{serve.pid}")
 
 
 def wait_until(holds: Callable[[], bool], seconds: float, program: subprocess.Popen[str], log: Path) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
-        assert program.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.2)
+        assert program.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)

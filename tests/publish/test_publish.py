@@ -1,35 +1,58 @@
-"""The gate, the card, and a release that draws what the student drew."""
+"""The gate, the card, and a release that generates what the student generated."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from koala import pipeline
-from koala.config import load
+from koala import generate
 from koala.errors import KoalaError
+from koala.evaluate.config import SamplingConfig
+from koala.publish.config import PublishConfig
 from koala.publish.gate import shortfalls
-from koala.publish.stage import run
+from koala.publish.publish import publish
+from koala.publish.targets.base import Target
+from koala.publish.targets.folder import FolderTarget
+from koala.run import STATE, NoRun
 
 METRICS = {
     "teacher": {"unet_parameters": 1000, "attributes/all": 0.95},
+    "before": {"unet_parameters": 310, "attributes/all": 0.1},
     "after": {"unet_parameters": 310, "attributes/all": 0.9},
     "size_of_teacher": 0.31,
     "speed_up": 2.3,
     "share_of_teacher/attributes/all": 0.947,
 }
+PROVENANCE = {
+    "stage": "distill",
+    "student": "koala-700m",
+    "profile": "smoke",
+    "commit": "abc",
+    "run_id": "r1",
+    "config": {"steps": 6, "batch_size": 8, "learning_rate": 5e-4},
+    "inputs": {"latents": "123"},
+}
+CONFIG = PublishConfig(
+    license="apache-2.0",
+    require={"attributes/all": 0.8},
+    sampling=SamplingConfig(steps=20, guidance=3.0, prompts=("a large red circle", "another")),
+)
 
 
-class Recorder:
-    def __init__(self) -> None:
-        self.tagged: dict[str, str] = {}
-
-    def tags(self, values: dict[str, str]) -> None:
-        self.tagged |= values
-
-    def artifact(self, path: Path) -> None:
-        assert path.exists()
+@pytest.fixture
+def folders(tmp_path: Path, tiny_teacher: Path) -> dict[str, Path]:
+    """A distilled pipeline (the tiny teacher stands for it) and its evaluation."""
+    distilled, evaluation = tmp_path / "distilled" / "koala-700m", tmp_path / "evaluation" / "koala-700m"
+    shutil.copytree(tiny_teacher, distilled)
+    for name, text in {"provenance.json": json.dumps(PROVENANCE), "curves.csv": "step\n", "kept.json": "{}"}.items():
+        (distilled / name).write_text(text)
+    (evaluation / "plots").mkdir(parents=True)
+    (evaluation / "metrics.json").write_text(json.dumps(METRICS))
+    (evaluation / "summary.md").write_text("| model |\n| --- |\n| teacher |\n")
+    (evaluation / "plots" / "grid.png").write_bytes(b"png")
+    return {"distilled": distilled, "evaluation": evaluation}
 
 
 def test_gate_names_what_is_short() -> None:
@@ -39,65 +62,120 @@ def test_gate_names_what_is_short() -> None:
         shortfalls({"a": 1, "b": 1}, {"c": 0})
 
 
-@pytest.fixture
-def evaluated(workspace: Path, tiny_teacher: Path) -> Path:
-    """A workspace with a distilled pipeline (the tiny teacher stands for it) and its evaluation."""
-    import shutil
+def test_a_release_generates_what_the_student_generated(folders, tmp_path, recorder) -> None:
+    from safetensors.torch import load_file
 
-    params = load()
-    trained, folder = params.out("distill", "koala-700m"), params.out("evaluate", "koala-700m")
-    shutil.copytree(tiny_teacher, trained)
-    provenance = {
-        "student": "koala-700m",
-        "profile": "smoke",
-        "commit": "abc",
-        "run_id": "r1",
-        "distill": params.distill.model_dump(mode="json"),
-    }
-    (trained / "provenance.json").write_text(json.dumps(provenance))
-    folder.mkdir(parents=True)
-    (folder / "metrics.json").write_text(json.dumps(METRICS))
-    (folder / "summary.md").write_text("| model |\n| --- |\n| teacher |\n")
-    (folder / "grid.png").write_bytes(b"png")
-    return workspace
-
-
-def test_a_release_draws_what_the_student_drew(evaluated: Path) -> None:
-    params, recorder = load(), Recorder()
-    run(params, recorder, "koala-700m")
-    release = params.out("publish", "koala-700m") / "release"
-    prompts = [("a large red circle on a white background", 3)]
-    pictures = [
-        np.asarray(pipeline.draw(pipeline.load(folder), prompts, steps=3, guidance=2.0)[0])
-        for folder in (params.out("distill", "koala-700m"), release)
+    release = tmp_path / "release"
+    publish(CONFIG, **folders, out=release, run=recorder)
+    sampling, prompts = SamplingConfig(steps=3, guidance=2.0), [("a large red circle on a white background", 3)]
+    images = [
+        np.asarray(generate.generate(generate.load(folder), prompts, sampling)[0])
+        for folder in (folders["distilled"], release)
     ]
-    assert np.array_equal(*pictures)
-    assert {path.suffix for path in release.rglob("*") if path.is_file()} <= {
-        ".json",
-        ".txt",
-        ".md",
-        ".png",
-        ".safetensors",
-    }
+    assert np.array_equal(*images)
+    weights = sorted(path.relative_to(folders["distilled"]) for path in folders["distilled"].rglob("*.safetensors"))
+    assert len(weights) == 4
+    for file in weights:
+        ours, theirs = load_file(release / file), load_file(folders["distilled"] / file)
+        assert ours.keys() == theirs.keys(), file
+        assert all((ours[name] == theirs[name]).all() for name in theirs), file
+    kinds = {path.suffix for path in release.rglob("*") if path.is_file()}
+    assert kinds <= {".json", ".txt", ".md", ".png", ".safetensors"}
     assert recorder.tagged["released"] == "yes"
+    assert set(recorder.files) == {"receipt.json", "README.md"}
 
 
-def test_the_card_is_valid_and_carries_the_figures(evaluated: Path) -> None:
+def test_a_release_holds_the_pipeline_its_card_and_its_figures(folders, tmp_path) -> None:
+    release = tmp_path / "release"
+    (release / "unet").mkdir(parents=True)
+    (release / "unet" / "old.safetensors").write_bytes(b"of an interrupted call")
+    (release / STATE).mkdir()
+    publish(CONFIG, **folders, out=release, run=NoRun())
+    components = {path.name for path in folders["distilled"].iterdir() if path.is_dir()}
+    files = {"model_index.json", "README.md", "metrics.json", "grid.png", "training.json", "receipt.json"}
+    assert {path.name for path in release.iterdir()} == components | files | {STATE}
+    assert not (release / "unet" / "old.safetensors").exists()
+    assert json.loads((release / "training.json").read_text()) == PROVENANCE
+    assert json.loads((release / "receipt.json").read_text()) == {
+        "student": "koala-700m",
+        "released": True,
+        "run_id": "r1",
+        "commit": "abc",
+        "required": {"attributes/all": 0.8},
+        "reached": {"attributes/all": 0.9},
+        "targets": [],
+    }
+
+
+def test_the_card_is_valid_and_carries_the_figures(folders, tmp_path) -> None:
     from huggingface_hub import ModelCard
 
-    params = load()
-    run(params, Recorder(), "koala-700m")
-    card = ModelCard.load(params.out("publish", "koala-700m") / "release" / "README.md")
-    assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "text-to-image"
+    publish(CONFIG, **folders, out=tmp_path / "release", run=NoRun())
+    card = ModelCard.load(tmp_path / "release" / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.pipeline_tag == "text-to-image"
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert found["attributes/all"] == 0.9 and found["speed_up"] == 2.3
-    assert "31%" in card.text and "MLflow run `r1`" in card.text
+    assert found["attributes/all"] == 0.9
+    assert found["speed_up"] == 2.3
+    assert {result.dataset_name for result in card.data.eval_results} == {"koala's prompts, profile smoke"}
+    assert "31%" in card.text
+    assert "MLflow run `r1`" in card.text
+    assert "Commit `abc`" in card.text
+    assert 'pipeline("a large red circle", num_inference_steps=20, guidance_scale=3)' in card.text
+    assert "6 steps of 8 images at a learning rate of 0.0005" in card.text
 
 
-def test_a_student_below_the_threshold_is_not_released(evaluated: Path, change_params) -> None:
-    change_params(publish={"require": {"attributes/all": 0.99}})
-    params, recorder = load(), Recorder()
+def test_a_pipeline_without_provenance_has_a_card_too(folders, tmp_path) -> None:
+    (folders["distilled"] / "provenance.json").unlink()
+    config = PublishConfig(license="apache-2.0")
+    publish(config, **folders, out=tmp_path / "release", run=NoRun())
+    text = (tmp_path / "release" / "README.md").read_text()
+    assert "31%" in text
+    assert "None" not in text
+    assert "training.json" not in text
+    assert not (tmp_path / "release" / "training.json").exists()
+    assert json.loads((tmp_path / "release" / "receipt.json").read_text())["run_id"] is None
+
+
+def test_a_student_below_the_threshold_is_not_released(folders, tmp_path, recorder) -> None:
+    config = PublishConfig(
+        license="apache-2.0", require={"attributes/all": 0.99}, targets=(FolderTarget(path=tmp_path / "shared"),)
+    )
     with pytest.raises(KoalaError, match=r"koala-700m is not released: attributes/all is 0.900, below 0.99"):
-        run(params, recorder, "koala-700m")
-    assert not params.out("publish", "koala-700m").exists()
+        publish(config, **folders, out=tmp_path / "release", run=recorder)
+    assert not (tmp_path / "release").exists()
+    assert not (tmp_path / "shared").exists()
     assert recorder.tagged["released"] == "no"
+
+
+def test_a_folder_target_holds_the_release_and_replaces_an_earlier_one(folders, tmp_path) -> None:
+    target = FolderTarget(path=tmp_path / "shared")
+    config = CONFIG.model_copy(update={"targets": (target,)})
+    place = tmp_path / "shared" / "koala-700m"
+    for left in (place, tmp_path / "shared" / ".koala-700m.copy", tmp_path / "shared" / ".koala-700m.old"):
+        left.mkdir(parents=True)
+        (left / "old.txt").touch()
+    for _ in range(2):  # sent a second time: the same
+        publish(config, **folders, out=tmp_path / "release", run=NoRun())
+        assert [path.name for path in (tmp_path / "shared").iterdir()] == ["koala-700m"]
+        sent = {path.relative_to(place).as_posix() for path in place.rglob("*")}
+        assert sent == {path.relative_to(tmp_path / "release").as_posix() for path in (tmp_path / "release").rglob("*")}
+    receipt = json.loads((tmp_path / "release" / "receipt.json").read_text())
+    assert receipt["targets"] == [{"kind": "folder", "path": str(place)}]
+    assert config.recipe()["targets"] == [{"kind": "folder", "path": str(tmp_path / "shared")}]
+
+
+def test_a_target_of_a_user_needs_no_change_elsewhere(folders, tmp_path) -> None:
+    sent = []
+
+    class Remember(Target):
+        kind: str = "remember"
+
+        def send(self, release: Path, name: str) -> dict[str, str]:
+            sent.append((name, (release / "README.md").is_file()))
+            return {"version": "1"}
+
+    publish(CONFIG.model_copy(update={"targets": (Remember(),)}), **folders, out=tmp_path / "release", run=NoRun())
+    assert sent == [("koala-700m", True)]
+    receipt = json.loads((tmp_path / "release" / "receipt.json").read_text())
+    assert receipt["targets"] == [{"kind": "remember", "version": "1"}]

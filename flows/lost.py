@@ -1,0 +1,72 @@
+"""Flow runs that no process carries any more: a process that was killed by SIGKILL tells Prefect nothing.
+
+Each flow run is labelled with its process. Whoever starts next on the same host closes the runs whose process is gone:
+Prefect would show them as running for ever, and one of a deployment would hold its deployment's turn.
+"""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.states import Crashed
+
+from flows.repro import clean_up
+from koala import tracking
+
+_UNFINISHED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+# A run labels itself in its first second.
+_LABELLED_AFTER = timedelta(minutes=1)
+
+
+def label(flow_run: str) -> None:
+    """Say in Prefect that this process carries the flow run."""
+    with get_client(sync_client=True) as client:
+        client.update_flow_run_labels(UUID(flow_run), {**tracking.this_process()})
+
+
+def close_lost_runs(flow: str, no_worker: bool = False) -> None:
+    """Close the flow's unfinished runs of this host whose process is gone, in Prefect and in MLflow.
+
+    no_worker: no worker serves the deployments now, so that all their runs are lost.
+    """
+    named = FlowFilter(name=FlowFilterName(any_=[flow]))
+    unfinished = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED)))
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_filter=named, flow_run_filter=unfinished):
+            if _is_lost(run, no_worker):
+                clean_up(str(run.id))
+                _close(client, run.id)
+    tracking.close_lost_runs()
+
+
+def _is_lost(run: FlowRun, no_worker: bool) -> bool:
+    if run.deployment_id and no_worker:
+        return True
+    if "process.host" in run.labels:
+        return tracking.is_gone(run.labels)
+    # A worker has not started it yet, or a run by hand was killed in its first second.
+    return not run.deployment_id and run.created is not None and datetime.now(UTC) - run.created > _LABELLED_AFTER
+
+
+def _close(client: SyncPrefectClient, flow_run: UUID) -> None:
+    lost: State[Any] = Crashed(message="The process that ran this was killed.")
+    tasks = client.read_task_runs(
+        flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run])),
+        task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=_UNFINISHED))),
+    )
+    for task in tasks:
+        client.set_task_run_state(task.id, lost, force=True)
+    client.set_flow_run_state(flow_run, lost, force=True)

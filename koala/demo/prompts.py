@@ -1,0 +1,18 @@
+"""The demo's prompts: every combination of size, colour, shape and background."""
+
+from typing import Literal
+
+from koala.evaluate.prompts import PromptSet
+
+
+class ShapesPrompts(PromptSet):
+    """A prompt for each of the 108 combinations of attributes that the demo's images can show."""
+
+    kind: Literal["shapes"] = "shapes"
+    """Name of the kind."""
+
+    def load(self) -> list[str]:
+        """Return the prompts, such as `a large red circle on a white background`."""
+        from koala.demo.shapes import ALL_ATTRIBUTES, describe
+
+        return [describe(attributes) for attributes in ALL_ATTRIBUTES]

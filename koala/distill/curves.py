@@ -1,0 +1,47 @@
+"""The losses of a training run: a log that training appends to, a table for DVC's plots, and a plot for people."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+HISTORY = "history.jsonl"
+SPEED = "images_per_second"
+"""The one logged value that differs from run to run."""
+
+
+def read(state: Path) -> list[dict[str, Any]]:
+    """Return the logged rows, in the order of their steps."""
+    file = state / HISTORY
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half written
+
+
+def truncate(state: Path, done: int) -> None:
+    """Drop rows beyond step `done`, from which training resumes."""
+    rows = [row for row in read(state) if row["step"] <= done]
+    partial = state / f"{HISTORY}.partial"
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.rename(state / HISTORY)
+
+
+def append(state: Path, step: int, values: dict[str, float]) -> None:
+    """Append a row."""
+    with (state / HISTORY).open("a") as stream:
+        stream.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def write(state: Path, folder: Path) -> None:
+    """Write `curves.csv` (a row a logged step, a column a value) and `curves.png` (each loss term) to `folder`."""
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    table = pd.DataFrame(read(state))
+    table.to_csv(folder / "curves.csv", index=False)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for term in (name for name in table if name.startswith("loss/")):
+        axes.plot(table["step"], table[term], label=term.removeprefix("loss/"), linewidth=2 if "total" in term else 1)
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title="Distillation: terms of the objective")
+    axes.grid(alpha=0.3)
+    axes.legend(ncols=3, fontsize=8)
+    figure.savefig(folder / "curves.png", dpi=120)

@@ -1,0 +1,75 @@
+"""The stage `distill`: trains a student, and makes a pipeline folder of what training leaves."""
+
+import shutil
+from pathlib import Path
+
+from PIL import Image
+
+from koala.distill import curves
+from koala.distill.config import DistillConfig
+from koala.distill.job import FILE, UNET, VALIDATION, Job, checkpoints
+from koala.distill.launch import launch
+from koala.run import STATE, Run
+
+
+def distill(config: DistillConfig, latents: Path, teacher: Path, student: Path, out: Path, run: Run) -> None:
+    """Distil `teacher` into `student` on encoded samples: `out` becomes the trained pipeline, with its curves.
+
+    Training resumes from the newest checkpoint in the state folder. Of a finished run at a constant rate the last
+    checkpoint is kept, so that more steps continue it. Raises KoalaError where the launch configuration cannot run the
+    recipe, and SystemExit with the training's own status where that stopped.
+    """
+    job = Job(config=config, latents=latents, teacher=teacher, student=student, state=out / STATE)
+    if not _is_trained(job):
+        shutil.rmtree(job.state / UNET, ignore_errors=True)
+        launch(config, job.write(), follow=_Reporter(job.state, run).report)
+    shutil.copytree(student, out, ignore=_all_but_components, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    shutil.rmtree(out / "unet", ignore_errors=True)
+    shutil.copytree(job.state / UNET, out / "unet")
+    curves.write(job.state, out)
+    run.artifact(out / "curves.png")
+    shutil.rmtree(job.state / UNET)
+    shutil.rmtree(job.state / VALIDATION, ignore_errors=True)
+    if config.schedule != "constant":
+        shutil.rmtree(job.state)
+    else:
+        for old in checkpoints(job.state)[:-1]:
+            shutil.rmtree(old)
+
+
+def _is_trained(job: Job) -> bool:
+    """Return whether an interrupted call left the U-Net of exactly this many steps."""
+    file = job.state / FILE
+    return (job.state / UNET).is_dir() and file.is_file() and Job.read(file).config.steps == job.config.steps
+
+
+def _all_but_components(_folder: str, names: list[str]) -> set[str]:
+    """Leave out the student's untrained U-Net, and the files that say how it was made."""
+    return {name for name in names if name in ("unet", "provenance.json", "weight_map.json")}
+
+
+class _Reporter:
+    """Sends what rank 0 writes (losses, validation images) to the run; steps that it knows are not sent again."""
+
+    def __init__(self, state: Path, run: Run) -> None:
+        self._state, self._run = state, run
+        # Steps that are repeated after a SIGKILL give the same losses.
+        self._sent = run.last_step("loss/total")
+        self._shown = run.last_step("loss/total")
+        self._seen = (0, 0)
+
+    def report(self) -> None:
+        """Send what is new."""
+        file = self._state / curves.HISTORY
+        seen = (file.stat().st_ino, file.stat().st_size) if file.is_file() else (0, 0)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        for row in curves.read(self._state):
+            if row["step"] > self._sent:
+                self._run.metrics({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+                self._sent = row["step"]
+        for image in sorted((self._state / VALIDATION).glob("[0-9]*.png")):
+            if int(image.stem) > self._shown:
+                self._run.image(Image.open(image), "validation", int(image.stem))
+                self._shown = int(image.stem)

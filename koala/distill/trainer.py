@@ -1,0 +1,105 @@
+"""What is trained, and the two halves of its step. The loop and the benchmark use the same ones.
+
+for index, batch in enumerate(micro_batches, start=1):
+    losses = trainer.backward(batch, last=index == trainer.accumulate)
+norm = trainer.update(rate)
+"""
+
+import math
+import os
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from koala.distill import checkpoint, sharding
+from koala.distill.config import DistillConfig
+from koala.distill.data import Batch
+from koala.distill.hooks import compile_layers
+from koala.distill.launch_settings import micro_batch
+from koala.distill.losses import total
+from koala.distill.optimizer import build_optimizer
+from koala.distill.task import DistillTask
+from koala.unet.student import empty_unet
+
+
+class Trainer:
+    """The task on its device, compiled and sharded as the machine's settings say, the student's optimizer and its EMA."""
+
+    def __init__(self, task: DistillTask, config: DistillConfig, accelerator: Accelerator) -> None:
+        """Move the task to the accelerator's device and prepare it."""
+        if config.machine.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the GPU's first product
+            torch.use_deterministic_algorithms(True)  # with warn_only attention would stay as it is
+        self._accelerator = accelerator
+        self._config = config
+        self._weights = config.weights.model_dump()
+        self.micro_batch = micro_batch(config, accelerator.num_processes)
+        self.accumulate = config.batch_size // (self.micro_batch * accelerator.num_processes)
+        """Micro-batches of this process in a step."""
+        self.student = task.to(accelerator.device).student
+        if config.machine.compile:
+            compile_layers(task.student)
+            compile_layers(task.teacher)
+        if sharding.requested():
+            sharding.shard(task.student, accelerator)
+            self._wrapped = task
+        else:
+            self._wrapped = accelerator.prepare(task)
+        self._parameters = list(task.student.parameters())
+        self.optimizer = build_optimizer(config, self._parameters)
+        self.ema = EMAModel(self._parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
+        if self.ema and config.machine.ema_offload:
+            self.ema.to("cpu")
+
+    def backward(self, batch: Batch, last: bool) -> dict[str, Tensor]:
+        """Run forward and backward of a micro-batch. Return `total` and each loss term.
+
+        Gradients are all-reduced in the `last` micro-batch of a step.
+        """
+        with sharding.synchronised(self._wrapped, last), self._accelerator.autocast():
+            terms = self._wrapped(batch)
+            loss = total(terms, self._weights)
+        self._accelerator.backward(loss / self.accumulate)
+        return {name: term.detach() for name, term in {"total": loss, **terms}.items()}
+
+    def update(self, rate: float) -> float:
+        """Take one optimizer step at learning rate `rate`, and one of the EMA. Return the gradient's norm.
+
+        Where the norm is not finite, weights and EMA stay as they are.
+        """
+        norm = float(sharding.gather(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if math.isfinite(norm):
+            self.optimizer.step()
+            if self.ema:
+                self._step_ema(self.ema)
+        self.optimizer.zero_grad()
+        return norm
+
+    def _step_ema(self, ema: EMAModel) -> None:
+        if self._config.machine.ema_offload:
+            ema.to(self._parameters[0].device)
+        ema.step(self._parameters)
+        if self._config.machine.ema_offload:
+            ema.to("cpu")
+
+    def released(self, dtype: torch.dtype, keep: bool) -> UNet2DConditionModel | None:
+        """Return the U-Net to validate and to release, in the host's memory: the EMA where there is one.
+
+        Collective: every rank must call it. Ranks with `keep=False` get None and hold no copy.
+        """
+        tensors = checkpoint.ema_weights(self.student, self.ema) if self.ema else dict(self.student.named_parameters())
+        weights = {}
+        for name, tensor in tensors.items():
+            whole = sharding.gather(tensor.detach())
+            if keep:
+                weights[name] = whole.to("cpu", dtype, copy=True).contiguous()
+        if not keep:
+            return None
+        unet = empty_unet(self.student.config)
+        unet.load_state_dict(weights, assign=True)
+        return unet.eval()

@@ -1,0 +1,133 @@
+"""A model's images of the evaluation prompts: a folder of PNG files, numbered as the prompts.
+
+Beside the images, prompts.jsonl holds their prompts and seeds, and settings.json how they were generated.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from koala import generate
+from koala.console import progress
+from koala.errors import KoalaError
+from koala.evaluate.config import EvaluateConfig
+from koala.evaluate.prompts import Prompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PROMPTS = "prompts.jsonl"
+SETTINGS = "settings.json"
+
+
+class Images(Sequence["Image"]):
+    """Images of a folder. Each is opened on access, so that any number fits into memory."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        """Take the first `count` images of `folder`."""
+        self._files = [image_file(folder, number) for number in range(count)]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._files)
+
+    @overload
+    def __getitem__(self, index: int) -> "Image": ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "list[Image]": ...
+
+    def __getitem__(self, index: int | slice) -> "Image | list[Image]":
+        """Open an image, or those of a slice, as RGB."""
+        if isinstance(index, slice):
+            return [_open(file) for file in self._files[index]]
+        return _open(self._files[index])
+
+
+def image_file(folder: Path, number: int) -> Path:
+    """Return the file of the image of prompt `number`, counted from 0."""
+    return folder / f"{number:06d}.png"
+
+
+def generate_images(model: Path, prompts: Sequence[Prompt], config: EvaluateConfig, folder: Path, label: str) -> Images:
+    """Generate the images that `folder` lacks, batch by batch; none is generated twice.
+
+    Images of other prompts or settings are removed from `folder` first. Each file appears in one step. The caller keeps
+    a folder a model: which model made an image is not recorded.
+
+    Args:
+        model: A pipeline folder; it is loaded only if an image is missing.
+        prompts: An image each.
+        config: Sampling, type and batch size.
+        folder: Where the images are kept.
+        label: Heading of the progress bar.
+    """
+    _start(folder, prompts, config)
+    missing = [number for number in range(len(prompts)) if not image_file(folder, number).is_file()]
+    if missing:
+        size = config.machine.batch_size
+        batches = [missing[first : first + size] for first in range(0, len(missing), size)]
+        pipeline = generate.load(model, config.dtype)
+        for batch in progress(batches, label):
+            seeded = [(prompts[number].text, prompts[number].seed) for number in batch]
+            for number, image in zip(batch, generate.generate(pipeline, seeded, config.sampling), strict=True):
+                partial = image_file(folder, number).with_suffix(".partial")
+                image.save(partial, format="PNG")
+                partial.rename(image_file(folder, number))
+    return Images(folder, len(prompts))
+
+
+def read_images(folder: Path, prompts: Sequence[Prompt], config: EvaluateConfig) -> Images:
+    """Return the images of `folder`, which the stage `reference` made.
+
+    Raises:
+        KoalaError: They are of other prompts, seeds or settings, or some are missing.
+    """
+    again = "run `koala reference` again"
+    if _read(folder / PROMPTS) != _prompt_lines(prompts):
+        raise KoalaError(f"{folder} holds images of other prompts or seeds than evaluate.prompts asks for: {again}")
+    if _read(folder / SETTINGS) != _settings(config):
+        raise KoalaError(f"the images of {folder} were generated with other steps, guidance or dtype: {again}")
+    missing = sum(not image_file(folder, number).is_file() for number in range(len(prompts)))
+    if missing:
+        raise KoalaError(f"{folder} lacks {missing} of its {len(prompts)} images: {again}")
+    return Images(folder, len(prompts))
+
+
+def _start(folder: Path, prompts: Sequence[Prompt], config: EvaluateConfig) -> None:
+    """Prepare `folder`; drop images of other prompts or settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {PROMPTS: _prompt_lines(prompts), SETTINGS: _settings(config)}
+    if all(_read(folder / name) == text for name, text in wanted.items()):
+        return
+    for pattern in ("[0-9]*.png", "[0-9]*.partial"):
+        for file in folder.glob(pattern):
+            file.unlink()
+    for name, text in wanted.items():
+        (folder / name).write_text(text)
+
+
+def _prompt_lines(prompts: Sequence[Prompt]) -> str:
+    return "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts)
+
+
+def _settings(config: EvaluateConfig) -> str:
+    settings: dict[str, Any] = {
+        "steps": config.sampling.steps,
+        "guidance": config.sampling.guidance,
+        "dtype": config.dtype,
+    }
+    return json.dumps(settings) + "\n"
+
+
+def _read(file: Path) -> str | None:
+    return file.read_text() if file.is_file() else None
+
+
+def _open(file: Path) -> "Image":
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return image.convert("RGB")

@@ -1,0 +1,1 @@
+"""Metrics of image quality, a file each."""

@@ -1,0 +1,59 @@
+"""The base of every metric of image quality."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from koala.config import Config
+from koala.evaluate.prompts import Prompt, PromptSet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Column:
+    """A measured value's column in the report's table."""
+
+    label: str
+    """Heading of the column."""
+
+    format: str
+    """Format string of a value, such as `{:.1%}`."""
+
+    of_teacher: bool = False
+    """Also report the student's value as a share of the teacher's; for values of which more is better."""
+
+
+class Metric(Config, ABC):
+    """A measure of images; its kinds are subclasses, one file each."""
+
+    columns: ClassVar[Mapping[str, Column]] = {}
+    """The measured values that the report's table shows, by name."""
+
+    kind: str
+    """Name of the kind."""
+
+    def check(self, prompts: PromptSet) -> None:
+        """Raise ValueError where the metric cannot be computed on images of `prompts`."""
+
+    @abstractmethod
+    def measure(
+        self, images: "Sequence[Image]", prompts: Sequence[Prompt], reference: "Sequence[Image] | None"
+    ) -> dict[str, float]:
+        """Measure one model's images.
+
+        Args:
+            images: One image a prompt. Opened on access: hold only a few at a time.
+            prompts: What the images were generated from.
+            reference: The teacher's images of the same prompts, or None where `images` are the teacher's.
+
+        Returns:
+            Values by name. Empty where the metric says nothing of these images.
+        """
+
+    def plots(self, measured: Mapping[str, Mapping[str, float]]) -> "dict[str, Figure]":
+        """Return plots by file name (without suffix). measured: a model's label -> all its values by name."""
+        return {}

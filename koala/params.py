@@ -1,0 +1,278 @@
+"""Reads params.yaml into frozen types. The types stand beside the code that uses them; the values in params.yaml.
+
+    params = load()
+    params.config("distill", "koala-700m").steps
+
+Every union of kinds stands here: a new filter rule, metric or release target is its own file and one name below. The whole
+file is validated at once, so that a misspelt name anywhere is refused before the first stage has done any work.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from koala.config import BY_KIND, Config
+from koala.data.config import (
+    DownloadConfig,
+    DownloadMachine,
+    EncodeConfig,
+    EncodeMachine,
+    FilterConfig,
+    FilterMachine,
+)
+from koala.data.rules import Ascii, Aspect, Blocklist, Scores, Size, Words
+from koala.data.tables import TableSource
+from koala.demo.attributes import Attributes
+from koala.demo.images import Shapes
+from koala.demo.prompts import ShapesPrompts
+from koala.demo.table import ShapesSource
+from koala.distill import launch_settings
+from koala.distill.config import DistillConfig, DistillMachine
+from koala.distill.features import feature_pairs
+from koala.errors import KoalaError
+from koala.evaluate.config import EvaluateConfig, EvaluateMachine, SamplingConfig
+from koala.evaluate.metrics.clip_score import ClipScore
+from koala.evaluate.metrics.psnr import Psnr
+from koala.evaluate.prompts import FilePrompts
+from koala.publish.config import PublishConfig
+from koala.publish.targets.folder import FolderTarget
+from koala.teacher.config import FileTeacher, FolderTeacher, HubTeacher, TinyTeacher
+from koala.unet.blocks import StudentRule, keep
+from koala.unet.config import StudentConfig
+
+FILE = Path("params.yaml")
+MACHINE = "KOALA_MACHINE"
+"""Environment variable that names the machine in place of params.yaml, so that each worker pool has its own."""
+
+
+class _TinyTeacher(TinyTeacher):
+    images: Shapes
+
+
+Source = Annotated[TableSource | ShapesSource, Field(discriminator="kind")]
+Teacher = Annotated[HubTeacher | FolderTeacher | FileTeacher | _TinyTeacher, Field(discriminator="kind")]
+Rule = Annotated[Words | Size | Aspect | Ascii | Blocklist | Scores, Field(discriminator="kind")]
+Prompts = Annotated[FilePrompts | ShapesPrompts, Field(discriminator="kind")]
+Metric = Annotated[Attributes | ClipScore | Psnr, Field(discriminator="kind")]
+Target = FolderTarget
+
+
+class _Filter(FilterConfig):
+    rules: Annotated[tuple[Rule, ...], BY_KIND] = ()
+
+
+class _Evaluate(EvaluateConfig):
+    prompts: Prompts
+    metrics: Annotated[tuple[Metric, ...], BY_KIND]
+
+
+class _Publish(PublishConfig):
+    targets: Annotated[tuple[Target, ...], BY_KIND] = ()
+
+
+class Profile(Config):
+    """What is made: a complete recipe of the pipeline, one section a stage."""
+
+    requires: tuple[Literal["cuda", "hub"], ...] = ()
+    """What the profile needs of a machine: see koala.requirements."""
+    sampling: SamplingConfig
+    """How images are generated: by validation, by evaluation and in the card's example."""
+    source: Source
+    """Where the table of URLs and captions comes from."""
+    download: DownloadConfig
+    """How images are fetched and resized."""
+    filter: _Filter
+    """Which samples are kept."""
+    teacher: Teacher
+    """Where the teacher comes from."""
+    encode: EncodeConfig
+    """How kept images become latents."""
+    distill: DistillConfig
+    """The recipe of distillation."""
+    evaluate: _Evaluate
+    """What is measured."""
+    publish: _Publish
+    """What a student must reach to be released, and where it goes."""
+
+
+class Machine(Config):
+    """How it is computed: settings of speed and memory that change nothing of what is made."""
+
+    download: DownloadMachine = DownloadMachine()
+    """Of `koala download`."""
+    filter: FilterMachine = FilterMachine()
+    """Of `koala filter`."""
+    encode: EncodeMachine = EncodeMachine()
+    """Of `koala encode`."""
+    distill: DistillMachine = DistillMachine()
+    """Of `koala distill`."""
+    evaluate: EvaluateMachine = EvaluateMachine()
+    """Of `koala reference` and `koala evaluate`."""
+
+
+class StudentOptions(Config):
+    """What else than the rule its weights depend on."""
+
+    init_from: str | None = None
+    """See koala.unet.config."""
+
+
+class Student(Config):
+    """A row of `students`: the U-Net's rule and, where it wants, other values of the recipe."""
+
+    unet: StudentRule
+    """Which of the teacher's blocks it keeps."""
+    student: StudentOptions = StudentOptions()
+    """Where its first weights come from."""
+    distill: dict[str, Any] = Field(default_factory=dict)
+    """Values of the profile's section `distill` that this student has otherwise."""
+
+
+class Document(Config):
+    """All of params.yaml."""
+
+    profile: str
+    """The profile that stages run: what is made."""
+    machine: str
+    """The machine that they run on: how it is computed. KOALA_MACHINE in the environment takes its place."""
+    students: dict[str, Student]
+    """Students by name."""
+    profiles: dict[str, Profile]
+    """Profiles by name."""
+    machines: dict[str, Machine]
+    """Machines by name."""
+
+
+@dataclass(frozen=True)
+class Params:
+    """The chosen profile on the chosen machine."""
+
+    profile: str
+    machine: str
+    students: Mapping[str, StudentConfig]
+    requires: tuple[str, ...]
+    recipe: Profile
+    _machine: Machine
+    _distill: Mapping[str, DistillConfig]
+
+    def student(self, name: str) -> StudentConfig:
+        """Return the student called `name`. Raises KoalaError with the names that there are."""
+        if name not in self.students:
+            raise KoalaError(f"no student {name!r} in {FILE}: choose one of {', '.join(self.students)}")
+        return self.students[name]
+
+    def distill(self, student: str) -> DistillConfig:
+        """Return the recipe of a student on this machine. Raises KoalaError for an unknown student."""
+        self.student(student)
+        return self._distill[student]
+
+    def config(self, stage: str, student: str | None = None) -> Config:
+        """Return the configuration of a stage, with this machine's settings and the profile's sampling in it."""
+        if stage == "student":
+            return self.student(str(student))
+        if stage == "distill":
+            return self.distill(str(student))
+        section: Config = getattr(self.recipe, "evaluate" if stage == "reference" else stage)
+        shared = {"machine": getattr(self._machine, "evaluate" if stage == "reference" else stage, None)}
+        shared["sampling"] = self.recipe.sampling
+        return section.model_copy(update={name: shared[name] for name in shared if name in type(section).model_fields})
+
+
+def load(path: Path = FILE, profile: str | None = None, machine: str | None = None) -> Params:
+    """Read `path`; `profile` and `machine` take the place of those that it names.
+
+    Raises KoalaError, in one line, where the file is missing, is not YAML or does not fit the types, and where the chosen
+    machine cannot run the chosen profile.
+    """
+    values = _read(path)
+    try:
+        document = Document.model_validate(values)
+    except ValidationError as error:
+        raise KoalaError(_one_line(path, error)) from None
+    name = _chosen(path, "profile", profile or document.profile, document.profiles)
+    host = _chosen(path, "machine", machine or os.environ.get(MACHINE) or document.machine, document.machines)
+    recipe, chosen = document.profiles[name], document.machines[host]
+    for section in Profile.model_fields:
+        for field in {"machine", "sampling"} & set(getattr(getattr(recipe, section), "model_fields_set", ())):
+            home = "machines.NAME" if field == "machine" else f"profiles.{name}.sampling"
+            raise KoalaError(f"{path}: profiles.{name}.{section}.{field}: it stands under {home}: move it there")
+    students = {
+        each: StudentConfig(unet=row.unet, init_from=row.student.init_from) for each, row in document.students.items()
+    }
+    distill = {each: _recipe(path, each, values, name, recipe, chosen) for each in students}
+    for each, config in distill.items():
+        _check(path, name, each, config, students[each], recipe)
+    return Params(name, host, students, recipe.requires, recipe, chosen, distill)
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of params.yaml, by which editors complete and check it."""
+    found = Document.model_json_schema()
+    partial = dict(found["$defs"]["DistillConfig"])
+    partial.pop("required")
+    found["$defs"]["Student"]["properties"]["distill"] = partial
+    return found
+
+
+def _chosen(path: Path, what: str, name: str, there_are: Mapping[str, Config]) -> str:
+    if name not in there_are:
+        raise KoalaError(f"{path} names the {what} {name!r}: choose one of {', '.join(there_are)}")
+    return name
+
+
+def _recipe(
+    path: Path, student: str, values: Mapping[str, Any], profile: str, recipe: Profile, machine: Machine
+) -> DistillConfig:
+    """Return the profile's recipe with the student's own values over it, this machine's settings in it."""
+    own = values["students"][student].get("distill") or {}
+    if taken := {"machine", "sampling"} & set(own):
+        raise KoalaError(f"{path}: students.{student}.distill.{min(taken)}: a student has none of its own: take it out")
+    try:
+        config = DistillConfig.model_validate({**values["profiles"][profile]["distill"], **own})
+    except ValidationError as error:
+        raise KoalaError(_one_line(path, error, ("students", student, "distill"))) from None
+    return config.model_copy(update={"machine": machine.distill, "sampling": recipe.sampling})
+
+
+def _check(path: Path, profile: str, name: str, config: DistillConfig, student: StudentConfig, recipe: Profile) -> None:
+    """Refuse features that the student lacks, and a recipe that the machine's launch file cannot run."""
+    teacher = recipe.teacher.shape().unet
+    try:
+        feature_pairs(config.features, keep(teacher, student.unet))
+    except KoalaError as error:
+        raise KoalaError(f"{path}: profiles.{profile}.distill.features: {name}: {error}") from None
+    launch_settings.check(config)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise KoalaError(f"there is no {path} here: run koala in the project's folder") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise KoalaError(f"{path} is not YAML{where}: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise KoalaError(f"{path} must be a mapping with 'profile', 'machine', 'students', 'profiles' and 'machines'")
+    return values
+
+
+def _one_line(path: Path, error: ValidationError, root: Sequence[str] = ()) -> str:
+    """Return the first few of pydantic's complaints, each with the parameter's full name."""
+    complaints = []
+    for complaint in error.errors()[:3]:
+        names = [*root, *(str(part) for part in complaint["loc"] if not isinstance(part, int))]
+        what = (
+            "no such parameter"
+            if complaint["type"] == "extra_forbidden"
+            else complaint["msg"].removeprefix("Value error, ")
+        )
+        complaints.append(f"{'.'.join(names)}: {what[0].lower()}{what[1:]}")
+    more = error.error_count() - len(complaints)
+    return f"{path}: " + "; ".join(complaints) + (f" (and {more} more)" if more else "")

@@ -1,0 +1,1 @@
+"""Targets that a release is sent to, a file each."""

@@ -1,0 +1,57 @@
+"""What a stage reports while it runs, whoever listens: `koala.tracking` sends it to MLflow, `NoRun` drops it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+STATE = "state"
+"""Folder inside a stage's `out` for what only resuming needs: the runner keeps it out of the artifact."""
+
+
+class Run(Protocol):
+    """The run that a stage reports to. Only one process of a distributed stage holds it."""
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Log numbers at a step."""
+
+    def last_step(self, metric: str) -> int:
+        """Return the last step at which `metric` was logged, or -1."""
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags."""
+
+    def image(self, image: "Image", key: str, step: int) -> None:
+        """Log an image under a key; images of one key are a series over steps."""
+
+    def figure(self, figure: "Figure", name: str) -> None:
+        """Log a plot as a file called `name`."""
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Log a file, or all files of a folder."""
+
+
+class NoRun:
+    """A run that nobody listens to: for notebooks and tests."""
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Do nothing."""
+
+    def last_step(self, metric: str) -> int:
+        """Return -1."""
+        return -1
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Do nothing."""
+
+    def image(self, image: "Image", key: str, step: int) -> None:
+        """Do nothing."""
+
+    def figure(self, figure: "Figure", name: str) -> None:
+        """Do nothing."""
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Do nothing."""

@@ -1,0 +1,250 @@
+"""Runs one stage: reads its parameters and inputs, keeps its work in progress, and moves what it made into place.
+
+    job = prepare("encode")             # refuses, before any heavy import, what cannot work
+    from koala.data.encode import encode
+    job.run(encode)
+
+dvc.yaml says which artifacts a stage reads and which it makes: a dep `artifacts/demo/latents` becomes the argument
+`latents`. Work in progress lies in runs/STAGE/KEY/out, where KEY follows from the stage's recipe and the content of its
+inputs: a stage that was interrupted finds it again. Nobody but the runner knows of these folders.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from koala import params as parameters
+from koala import provenance, requirements
+from koala.config import Config
+from koala.console import say
+from koala.errors import KoalaError
+from koala.params import Params
+from koala.run import STATE
+
+GRAPH = Path("dvc.yaml")
+ARTIFACTS = "artifacts"
+WORK = Path("runs")
+HASHES = WORK / "hashes.sqlite"
+_FINISHED = "finished"  # marks a work folder whose artifact is in place, and whose state stays for more of the same
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage that is ready to run."""
+
+    params: Params
+    stage: str
+    student: str | None
+    config: Config
+    inputs: Mapping[str, Path]
+    """Folders of the artifacts that it reads, by noun."""
+    artifact: Path
+    """The folder that it makes."""
+
+    @property
+    def name(self) -> str:
+        """The stage's name as DVC has it: `distill@koala-700m`."""
+        return f"{self.stage}@{self.student}" if self.student else self.stage
+
+    def hashes(self) -> dict[str, str]:
+        """Return the hash of each input's content."""
+        return {noun: provenance.content_hash(folder, HASHES) for noun, folder in self.inputs.items()}
+
+    def work(self, hashes: Mapping[str, str]) -> Path:
+        """Return the folder of work in progress, which every run of the same recipe over the same inputs shares."""
+        parts = {"config": self.config.resume_key(), "inputs": dict(hashes), "artifact": self.artifact.as_posix()}
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return WORK / self.stage / (self.student or "") / key
+
+    def run(self, function: Callable[..., None]) -> None:
+        """Run the stage's function and move what it made to `artifact`, in one step.
+
+        Raises whatever the function raises. The work folder then stays, and the next run resumes it.
+        """
+        from koala import tracking
+
+        hashes = self.hashes()
+        work = self.work(hashes)
+        work.mkdir(parents=True, exist_ok=True)
+        tags = {"stage": self.stage, "profile": self.params.profile, "machine": self.params.machine}
+        tags |= {"student": self.student} if self.student else {}
+        tags |= {f"data_hash.{noun}": found for noun, found in hashes.items()}
+        experiment, values = f"koala-{self.params.profile}", {self.stage: self.config.recipe()}
+        with _alone(work), tracking.stage_run(experiment, self.name, values, tags, work) as run:
+            out = work / "out"
+            out.mkdir(exist_ok=True)
+            if (work / STATE).is_dir():  # killed between the two moves of `_publish`
+                os.replace(work / STATE, out / STATE)
+            self._say_of_others(work)
+            (work / _FINISHED).unlink(missing_ok=True)
+            (work / "recipe.json").write_text(json.dumps(self.config.recipe(), indent=2) + "\n")
+            function(self.config, **self.inputs, out=out, run=run)
+            made_by = self._publish(work, out, hashes, run.id)
+            run.artifact(self.artifact / provenance.FILE)
+            run.tags({"data_hash": made_by["content"]})
+
+    def help(self, machine_rank: int) -> None:
+        """Run this machine's part of a training that another machine, of rank 0, runs as its stage.
+
+        The work folder is on a disk that the machines share.
+        """
+        from koala.distill.config import DistillConfig
+        from koala.distill.job import FILE
+        from koala.distill.launch import launch
+
+        assert isinstance(self.config, DistillConfig)
+        state = self.work(self.hashes()).resolve() / "out" / STATE
+        launch(self.config, state / FILE, machine_rank)
+
+    def _publish(self, work: Path, out: Path, hashes: Mapping[str, str], run_id: str) -> dict[str, Any]:
+        """Make `out` the artifact, with its provenance. Its resume state stays in the work folder, where there is some.
+
+        Where the last run of the same recipe over the same inputs made the same content, its provenance stands: the
+        artifact is the same to the byte, and DVC does not rerun what follows.
+        """
+        state = out / STATE
+        kept = work / STATE
+        if state.is_dir() and any(state.iterdir()):
+            os.replace(state, kept)
+        else:
+            shutil.rmtree(state, ignore_errors=True)
+        made_by: dict[str, Any] = {
+            "stage": self.stage,
+            "student": self.student,
+            "profile": self.params.profile,
+            "config": self.config.recipe(),
+            "inputs": dict(hashes),
+            "content": provenance.content_hash(out, HASHES),
+        }
+        last = provenance.read(work.parent)
+        now = {"commit": provenance.git_commit(), "run_id": run_id}
+        made_by |= {name: last[name] for name in now} if last.items() >= made_by.items() else now
+        provenance.write(out, made_by)
+        provenance.write(work.parent, made_by)
+        move(out, self.artifact)
+        if kept.is_dir():
+            out.mkdir()
+            os.replace(kept, state)
+            (work / _FINISHED).touch()
+        else:
+            shutil.rmtree(work)
+        return made_by
+
+    def _say_of_others(self, work: Path) -> None:
+        """Name unfinished work of this stage that another recipe or other inputs have left, since it is not resumed."""
+        for other in sorted(work.parent.iterdir()):
+            file = other / "recipe.json"
+            unfinished = not (other / _FINISHED).exists() and any((other / "out" / STATE).glob("*"))
+            if other != work and file.is_file() and unfinished:
+                differs = difference(json.loads(file.read_text()), self.config.recipe())
+                say(
+                    f"{self.name}: {other} holds work of {'another recipe: ' + differs if differs else 'other inputs'}; "
+                    "it will not be resumed: restore that to resume it, or remove the folder"
+                )
+
+
+def prepare(stage: str, student: str | None = None) -> Job:
+    """Return a stage that can run.
+
+    Raises KoalaError for parameters that do not fit, an unknown student, an input that is not there, and a machine
+    that lacks what the profile needs.
+    """
+    params = parameters.load()
+    if student is not None:
+        params.student(student)
+    declared = _declared(stage)
+    inputs = {}
+    for dep in declared.get("deps", ()):
+        if _is_artifact(dep):
+            folder = _expand(dep, params.profile, student)
+            if not folder.is_dir():
+                raise KoalaError(f"{folder} is missing: run {_maker(folder, params.profile, student)} first")
+            inputs[folder.parts[2]] = folder
+    requirements.check(params.profile, params.requires, stage)
+    return Job(params, stage, student, params.config(stage, student), inputs, _made(declared, params.profile, student))
+
+
+def artifact(noun: str, student: str | None = None) -> Path:
+    """Return the folder of an artifact of the profile that params.yaml names."""
+    return Path(ARTIFACTS, parameters.load().profile, noun, student or "")
+
+
+def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return the parameters whose values differ: `learning_rate 1e-05 (now 2e-05), ...`; empty where none do."""
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    return ", ".join(f"{name} {then.get(name)} (now {now.get(name)})" for name in names)
+
+
+def move(folder: Path, to: Path) -> None:
+    """Put a folder in another's place, in one step, also from another file system; what was there is removed."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    partial = to.with_name(f".{to.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        os.replace(folder, partial)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copytree(folder, partial)
+        shutil.rmtree(folder)
+    shutil.rmtree(to, ignore_errors=True)
+    os.replace(partial, to)
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Hold the work folder. Raises KoalaError where another process holds it."""
+    with (work / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise KoalaError(
+                f"{work} is in use by another run of this stage: wait for it, or stop it, and run the same command again"
+            ) from None
+        yield
+
+
+def _declared(stage: str) -> dict[str, Any]:
+    """Return what dvc.yaml says of a stage, or of each student's where it has one."""
+    try:
+        stages: dict[str, Any] = yaml.safe_load(GRAPH.read_text())["stages"]
+    except FileNotFoundError:
+        raise KoalaError(f"there is no {GRAPH} here: run koala in the project's folder") from None
+    declared: dict[str, Any] = stages[stage]
+    return {**declared, **declared.get("do", {})}
+
+
+def _is_artifact(path: Any) -> bool:
+    return str(path).startswith(f"{ARTIFACTS}/")
+
+
+def _expand(path: str, profile: str, student: str | None) -> Path:
+    return Path(path.replace("${profile}", profile).replace("${key}", student or ""))
+
+
+def _made(declared: Mapping[str, Any], profile: str, student: str | None) -> Path:
+    """Return the folder that holds all outs of a stage: artifacts/PROFILE/NOUN, or artifacts/PROFILE/NOUN/STUDENT."""
+    outs = [*declared.get("outs", ()), *declared.get("metrics", ()), *declared.get("plots", ())]
+    first = outs[0] if isinstance(outs[0], str) else next(iter(outs[0]))
+    return Path(*_expand(first, profile, student).parts[: 4 if student else 3])
+
+
+def _maker(folder: Path, profile: str, student: str | None) -> str:
+    """Return the commands that make an artifact."""
+    stages = yaml.safe_load(GRAPH.read_text())["stages"]
+    for stage in stages:
+        declared = _declared(stage)
+        who = student if "foreach" in declared else None
+        if ("foreach" not in declared or student) and _made(declared, profile, who) == folder:
+            return f"`dvc repro {stage}{'@' + who if who else ''}` (or `koala {stage}{' ' + who if who else ''}`)"
+    return "`dvc repro`"

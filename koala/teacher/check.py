@@ -1,0 +1,96 @@
+"""Teachers that koala would misread: refused in one line, before they are used.
+
+Distillation compares noise or velocity (Salimans and Ho 2022, appendix D) at the timesteps of a schedule of betas.
+Another parametrisation would load without an error and train a student that is wrong.
+"""
+
+from pathlib import Path
+
+from koala.errors import KoalaError
+from koala.teacher.layout import MODELS, is_index, read_index
+from koala.teacher.shape import read_json
+from koala.unet.blocks import teacher_stages
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+def check_configurations(folder: Path, origin: str) -> None:
+    """Raise KoalaError if the pipeline whose configurations lie in `folder` is not one that koala can distil.
+
+    origin: what the teacher is called in the message.
+    """
+    parts = read_index(folder, origin)
+    _check_scheduler(folder, origin, parts["scheduler"][1])
+    vae = read_json(folder / "vae" / "config.json")
+    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+        raise KoalaError(
+            f"{origin}: its VAE has latents_mean and latents_std, where koala scales latents by scaling_factor alone: "
+            "choose a teacher with SDXL's VAE"
+        )
+    _check_unet(folder, origin, vae.get("latent_channels", 4))
+    for name in ("tokenizer", "tokenizer_2"):
+        if not any((folder / name / file).is_file() for file in ("vocab.json", "tokenizer.json")):
+            raise KoalaError(f"{origin}: {name} has no vocabulary (vocab.json or tokenizer.json): add the file")
+
+
+def _check_scheduler(folder: Path, origin: str, kind: str) -> None:
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    prediction = config.get("prediction_type", "epsilon")
+    only = "koala distils only epsilon and v_prediction with beta_start, beta_end and beta_schedule: choose another teacher"
+    if kind.startswith("FlowMatch") or config.get("use_flow_sigmas") or prediction == "flow_prediction":
+        raise KoalaError(f"{origin}: its scheduler, {kind}, is for flow matching, where {only}")
+    if kind.startswith("EDM") or not all(f"beta_{name}" in config for name in ("start", "end", "schedule")):
+        raise KoalaError(f"{origin}: its scheduler, {kind}, has no schedule of betas (EDM's noise?), where {only}")
+    if prediction not in PREDICTIONS:
+        raise KoalaError(f"{origin}: its scheduler's prediction_type is {prediction}, where {only}")
+    if config.get("rescale_betas_zero_snr") and prediction == "epsilon":
+        raise KoalaError(
+            f"{origin}: its scheduler has rescale_betas_zero_snr with epsilon, where the last timestep is noise alone and "
+            "says nothing of the image: set `scheduler: {rescale_betas_zero_snr: false}`, or "
+            "`{prediction_type: v_prediction}` if it is trained so"
+        )
+
+
+def _check_unet(folder: Path, origin: str, latent_channels: int) -> None:
+    config = read_json(folder / "unet" / "config.json")
+    try:
+        teacher_stages(config)
+    except KoalaError as error:
+        raise KoalaError(f"{origin}: {error}") from None
+    except KeyError as error:
+        raise KoalaError(f"{origin}: its U-Net's config.json has no {error}: restore it") from None
+    if config.get("addition_embed_type") != "text_time":
+        raise KoalaError(
+            f"{origin}: its U-Net's addition_embed_type is {config.get('addition_embed_type')}, where SDXL's is text_time: "
+            "choose a teacher of SDXL's kind"
+        )
+    if config.get("time_cond_proj_dim") is not None:
+        raise KoalaError(
+            f"{origin}: its U-Net takes the guidance as an input (time_cond_proj_dim, as LCM has it), which koala does not "
+            "give: choose another teacher"
+        )
+    channels = {config.get("in_channels", 4), config.get("out_channels", 4)}
+    if channels != {latent_channels}:
+        raise KoalaError(
+            f"{origin}: its U-Net takes {config.get('in_channels', 4)} channels, gives {config.get('out_channels', 4)}, and "
+            f"its VAE's latents have {latent_channels} (an inpainting model?): choose a text-to-image teacher"
+        )
+    texts = [read_json(folder / name / "config.json") for name in ("text_encoder", "text_encoder_2")]
+    width = sum(text.get("hidden_size", 512) for text in texts)
+    if config.get("cross_attention_dim") != width:
+        raise KoalaError(
+            f"{origin}: its U-Net attends to {config.get('cross_attention_dim')} numbers a token, where both text encoders "
+            f"give {width} (a refiner?): choose a teacher of SDXL base's kind"
+        )
+
+
+def check_weights(folder: Path, origin: str) -> None:
+    """Raise KoalaError if a part has no weights in `folder`, or lacks one of its shards."""
+    for part in MODELS:
+        files = sorted(file.name for file in (folder / part).iterdir())
+        if not any(file.endswith(".safetensors") for file in files):
+            raise KoalaError(f"{origin}: {part} has no safetensors: give a pipeline with all of its weights")
+        for index in filter(is_index, files):
+            shards = set(read_json(folder / part / index)["weight_map"].values())
+            if missing := shards.difference(files):
+                raise KoalaError(f"{origin}: {part} lacks {min(missing)}, which its {index} names: fetch it again")

@@ -1,0 +1,48 @@
+"""Configurations: what is refused when they are read, and what decides the images."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from koala.demo.attributes import Attributes
+from koala.demo.prompts import ShapesPrompts
+from koala.evaluate.config import EvaluateMachine, SamplingConfig
+from koala.evaluate.metrics.psnr import Psnr
+from koala.evaluate.prompts import FilePrompts
+
+
+def test_attributes_need_the_demos_prompts(make_config) -> None:
+    with pytest.raises(ValidationError, match=r"metric 'attributes' needs 'prompts: .kind: shapes.'"):
+        make_config(prompts=FilePrompts(path=Path("prompts.txt")), metrics=(Attributes(),))
+    assert make_config(metrics=(Attributes(),)).metrics == (Attributes(),)
+
+
+def test_options_of_metrics_and_prompts_are_part_of_the_recipe(make_config) -> None:
+    recipe = make_config(prompts=FilePrompts(path=Path("some.txt"))).recipe()
+    assert recipe["prompts"] == {"kind": "file", "path": "some.txt"}
+    assert [metric["kind"] for metric in recipe["metrics"]] == ["projection", "psnr"]
+    assert recipe["sampling"]["steps"] == 2
+    assert "machine" not in recipe
+
+
+def test_resume_key_holds_what_decides_the_images(make_config) -> None:
+    key = make_config().resume_key()
+    same = {
+        "metrics": (Psnr(),),
+        "grid_rows": 1,
+        "machine": EvaluateMachine(batch_size=5),
+        "sampling": SamplingConfig(steps=2, guidance=1.0, prompts=("a fox",)),
+    }
+    for field, value in same.items():
+        assert make_config(**{field: value}).resume_key() == key, field
+    other = {
+        "prompts": FilePrompts(path=Path("prompts.txt")),
+        "count": 6,
+        "seed": 8,
+        "dtype": "bfloat16",
+        "sampling": SamplingConfig(steps=3, guidance=1.0),
+    }
+    for field, value in other.items():
+        assert make_config(**{field: value}).resume_key() != key, field
+    assert make_config(prompts=ShapesPrompts()).resume_key() == key

@@ -1,0 +1,78 @@
+"""Flow runs whose process is gone, on a real Prefect server."""
+
+import os
+import subprocess
+from uuid import uuid4
+
+import pytest
+from mlflow import MlflowClient
+from prefect import flow
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Running
+
+from flows import lost
+from koala import tracking
+
+
+@pytest.fixture(autouse=True)
+def _store(mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
+
+
+@pytest.fixture
+def name() -> str:
+    """A flow that no other test closes the runs of."""
+    return f"flow-{uuid4()}"
+
+
+def running(client: SyncPrefectClient, name: str) -> FlowRun:
+    return client.create_flow_run(flow(name=name)(lambda: None), state=Running())
+
+
+def ends(client: SyncPrefectClient, *runs: FlowRun) -> list[str]:
+    return [str(client.read_flow_run(run.id).state_type).partition(".")[2] for run in runs]
+
+
+def status(run: str) -> str:
+    return str(MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_run(run).info.status)
+
+
+def label(client: SyncPrefectClient, run: FlowRun, pid: int) -> None:
+    client.update_flow_run_labels(run.id, {**tracking.this_process(), "process.pid": str(pid)})
+
+
+def test_a_run_whose_process_is_gone_is_closed_in_prefect_and_mlflow(client: SyncPrefectClient, name: str) -> None:
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    gone, alive, elsewhere = (running(client, name) for _ in range(3))
+    label(client, gone, process.pid)
+    lost.label(str(alive.id))
+    client.update_flow_run_labels(elsewhere.id, {**tracking.this_process(), "process.host": "another"})
+    with tracking.flow_run("koala-demo", name, str(gone.id)) as run:
+        lost.close_lost_runs(name)
+        assert ends(client, gone, alive, elsewhere) == ["CRASHED", "RUNNING", "RUNNING"]
+        assert status(run.id) == "KILLED"
+
+
+def test_a_run_that_has_just_begun_has_no_label_yet(
+    client: SyncPrefectClient, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = running(client, name)
+    lost.close_lost_runs(name)
+    assert ends(client, run) == ["RUNNING"]
+    monkeypatch.setattr(lost, "_LABELLED_AFTER", lost.timedelta(0))
+    lost.close_lost_runs(name)
+    assert ends(client, run) == ["CRASHED"]
+
+
+def test_without_a_worker_all_runs_of_deployments_are_lost(client: SyncPrefectClient, name: str) -> None:
+    flow_id = client.create_flow_from_name(name)
+    deployment = client.create_deployment(flow_id=flow_id, name="one")
+    run = client.create_flow_run_from_deployment(deployment, state=Running())
+    by_hand = running(client, name)
+    lost.label(str(run.id))
+    lost.close_lost_runs(name)
+    assert ends(client, run, by_hand) == ["RUNNING", "RUNNING"]
+    lost.close_lost_runs(name, no_worker=True)
+    assert ends(client, run, by_hand) == ["CRASHED", "RUNNING"]
