@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from koala.unet.cost import UNetCost
 
 
-def inspect(target: str, size: int, as_json: bool, plot: Path | None) -> None:
+def inspect(target: str, size: int = 1024, as_json: bool = False, plot: Path | None = None) -> None:
     """Show the cost of `target` beside SDXL's, for images of `size` x `size` pixels.
 
     `target` is a student of params.yaml or a known one (koala.unet.reference.RULES), applied to SDXL; or a local model

@@ -52,6 +52,7 @@ MACHINE = "KOALA_MACHINE"
 
 class _TinyTeacher(TinyTeacher):
     images: Shapes
+    """Captioned images that it is trained on."""
 
 
 Source = Annotated[TableSource | ShapesSource, Field(discriminator="kind")]
@@ -64,15 +65,19 @@ Target = FolderTarget
 
 class _Filter(FilterConfig):
     rules: Annotated[tuple[Rule, ...], BY_KIND] = ()
+    """Rules by kind, `{words: {at_least: 4}}`: the first that a sample breaks is the one it is counted under."""
 
 
 class _Evaluate(EvaluateConfig):
     prompts: Prompts
+    """Prompts that images are generated from."""
     metrics: Annotated[tuple[Metric, ...], BY_KIND]
+    """Metrics of image quality by kind, `{psnr: {}}`."""
 
 
 class _Publish(PublishConfig):
     targets: Annotated[tuple[Target, ...], BY_KIND] = ()
+    """Where a release is sent, by kind, `{folder: {path: /mnt/releases}}`; left out: it stays where it is made."""
 
 
 class Profile(Config):
@@ -216,7 +221,24 @@ def schema() -> dict[str, Any]:
     partial = dict(found["$defs"]["DistillConfig"])
     partial.pop("required")
     found["$defs"]["Student"]["properties"]["distill"] = partial
+    for section, field in (("_Filter", "rules"), ("_Evaluate", "metrics"), ("_Publish", "targets")):
+        properties = found["$defs"][section]["properties"]
+        properties[field] = _mapping_schema(properties[field], found["$defs"])
     return found
+
+
+def _mapping_schema(field: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of a union's list as params.yaml writes it: a mapping of kinds to their options (BY_KIND)."""
+    kinds = {}
+    for each in field["items"].get("oneOf", [field["items"]]):
+        definition = definitions[each["$ref"].rpartition("/")[2]]
+        kinds[definition["properties"]["kind"]["const"]] = {"anyOf": [each, {"type": "null"}]}
+    return {
+        "type": "object",
+        "description": field["description"],
+        "properties": kinds,
+        "additionalProperties": False,
+    }
 
 
 def _chosen(path: Path, what: str, name: str, there_are: Mapping[str, Config]) -> str:

@@ -1,34 +1,248 @@
-"""flows/ knows Prefect and DVC, koala/ knows the work: neither imports the other's."""
+"""What must never be, as tests over the imports: lazy ones and those for types included."""
 
 import ast
+import inspect
+import os
+import re
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 
+import networkx as nx
 import pytest
+import yaml
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
+KOALA = sorted((ROOT / "koala").rglob("*.py"))
+FLOWS = sorted((ROOT / "flows").rglob("*.py"))
+PACKAGES = ("data", "teacher", "unet", "distill", "evaluate", "publish", "demo")
+STAGES = {
+    "source": "koala.data.source",
+    "download": "koala.data.download",
+    "filter": "koala.data.filter",
+    "teacher": "koala.teacher.teacher",
+    "encode": "koala.data.encode",
+    "reference": "koala.evaluate.reference",
+    "student": "koala.unet.student",
+    "distill": "koala.distill.distill",
+    "evaluate": "koala.evaluate.evaluate",
+    "publish": "koala.publish.publish",
+}
 
 
-def imports(file: Path) -> Iterator[str]:
-    """The dotted names that a file imports, anywhere in it: `from a import b` is `a.b`."""
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(file) for file in [*KOALA, *FLOWS]}
+
+
+@cache
+def imports(file: Path) -> frozenset[str]:
+    """The dotted names that a file imports, anywhere in it: modules of the project, or `package.name` of others."""
+    found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file} imports relatively"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(str(node.module) if node.module in MODULES and full not in MODULES else full)
+    return frozenset(found)
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "koala").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
-def test_koala_never_imports_prefect(file: Path) -> None:
-    roots = {name.partition(".")[0] for name in imports(file)}
-    assert not roots & {"prefect", "flows"}
+def offenders(files: list[Path], forbidden: tuple[str, ...]) -> list[str]:
+    """Files that import one of the names, or something within it."""
+    return [
+        f"{name_of(file)} imports {name}"
+        for file in files
+        for name in sorted(imports(file))
+        if any(name == each or name.startswith(f"{each}.") for each in forbidden)
+    ]
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "flows").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
-def test_flows_imports_only_prefect_dvc_and_tracking(file: Path) -> None:
-    names = set(imports(file))
-    foreign = {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
-    allowed = ("flows.", "prefect.", "dvc.", "networkx", "psutil", "koala.tracking")
-    assert {name for name in foreign if not name.startswith(allowed)} == set()
+def within(*packages: str) -> list[Path]:
+    return [file for file in KOALA if file.relative_to(ROOT / "koala").parts[0] in packages]
+
+
+def test_1_no_circle_of_files() -> None:
+    graph = nx.DiGraph((name_of(file), name) for file in [*KOALA, *FLOWS] for name in imports(file) if name in MODULES)
+    assert list(nx.simple_cycles(graph)) == []
+
+
+def test_2_stages_know_nothing_of_what_runs_them() -> None:
+    above = ("koala.params", "koala.runner", "koala.cli", "koala.tracking", "koala.provenance")
+    assert offenders(within(*PACKAGES), above) == []
+
+
+@pytest.mark.parametrize("word", [r"artifacts/", r"(?<!/)\bruns/", r"dvc\.yaml"])
+def test_3_only_the_runner_and_flows_know_the_folders(word: str) -> None:
+    files = [file for file in KOALA if file.name != "runner.py"]
+    assert [name_of(file) for file in files if re.search(word, file.read_text())] == []
+
+
+def test_4_only_the_list_of_kinds_and_the_command_know_the_demo_and_the_benchmarks() -> None:
+    others = [file for file in [*KOALA, *FLOWS] if name_of(file) not in ("koala.params", "koala.cli")]
+    assert offenders([file for file in others if "demo" not in file.parts], ("koala.demo",)) == []
+    not_the_command = [file for file in [*KOALA, *FLOWS] if name_of(file) != "koala.cli" and "bench" not in file.parts]
+    assert offenders(not_the_command, ("koala.bench",)) == []
+
+
+def test_5_configuration_is_light() -> None:
+    files = [file for file in KOALA if file.name == "config.py"]
+    assert len(files) > 5
+    assert offenders(files, ("torch", "diffusers", "transformers", "pyarrow")) == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_6_a_stage_takes_its_configuration_the_nouns_of_its_deps_out_and_run(stage: str) -> None:
+    declared = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert set(declared) == set(STAGES)
+    deps = declared[stage].get("do", declared[stage])["deps"]
+    nouns = {dep.split("/")[2] for dep in deps if dep.startswith("artifacts/")}
+    parameters = list(inspect.signature(getattr(import_module(STAGES[stage]), stage)).parameters)
+    assert (parameters[0], parameters[-2:]) == ("config", ["out", "run"])
+    assert set(parameters[1:-2]) == nouns
+
+
+TOYS = {
+    "rule": (
+        "koala/data/shouting.py",
+        """
+from typing import Literal
+from koala.data.rules import Rule
+
+class Shouting(Rule):
+    kind: Literal["shouting"] = "shouting"
+
+    def broken(self, sample, view):
+        return "shouting" if sample.caption.isupper() else None
+""",
+        ("Rule = Annotated[Words", "Rule = Annotated[Shouting | Words", "from koala.data.shouting import Shouting"),
+        """
+params["profiles"]["smoke"]["filter"]["rules"] = {"shouting": {}}
+from koala.data.filter import filter
+from koala.data.shards import Sample, ShardWriter
+from PIL import Image
+import io
+picture = io.BytesIO(); Image.new("RGB", (32, 32)).save(picture, "PNG")
+Path("images").mkdir(); Path("kept").mkdir()
+with ShardWriter(Path("images"), 10) as writer:
+    for key, caption in (("000000000", "a quiet fox"), ("000000001", "A LOUD FOX")):
+        picture = io.BytesIO(); Image.new("RGB", (32, 32), (int(key), 0, 0)).save(picture, "PNG")
+        writer.write(Sample(key, picture.getvalue(), "png", caption, {}))
+filter(load(params).config("filter"), images=Path("images"), out=Path("kept"), run=NoRun())
+report = json.loads(Path("kept/report.json").read_text())
+assert report["kept"] == 1 and report["dropped"] == {"shouting": 1}, report
+""",
+    ),
+    "metric": (
+        "koala/evaluate/metrics/brightness.py",
+        """
+from typing import ClassVar, Literal
+from koala.evaluate.metrics.base import Column, Metric
+
+class Brightness(Metric):
+    kind: Literal["brightness"] = "brightness"
+    columns: ClassVar = {"brightness": Column("brightness", "{:.1f}")}
+
+    def measure(self, images, prompts, reference):
+        return {"brightness": sum(image.convert("L").resize((1, 1)).getpixel((0, 0)) for image in images) / len(images)}
+""",
+        (
+            "Metric = Annotated[Attributes",
+            "Metric = Annotated[Brightness | Attributes",
+            "from koala.evaluate.metrics.brightness import Brightness",
+        ),
+        """
+params["profiles"]["smoke"]["evaluate"]["metrics"] = {"brightness": {}}
+from PIL import Image
+(metric,) = load(params).config("evaluate").metrics
+found = metric.measure([Image.new("RGB", (4, 4), "white")], [], None)
+assert found == {"brightness": 255} and set(found) == set(metric.columns)
+""",
+    ),
+    "target": (
+        "koala/publish/targets/note.py",
+        """
+from pathlib import Path
+from typing import Literal
+from koala.publish.targets.base import Target
+
+class NoteTarget(Target):
+    kind: Literal["note"] = "note"
+    file: str
+
+    def send(self, release, name):
+        Path(self.file).write_text(name)
+        return {"file": self.file}
+""",
+        (
+            "Target = FolderTarget",
+            'Target = Annotated[FolderTarget | NoteTarget, Field(discriminator="kind")]',
+            "from koala.publish.targets.note import NoteTarget",
+        ),
+        """
+params["profiles"]["smoke"]["publish"]["targets"] = {"note": {"file": "sent"}}
+(target,) = load(params).config("publish").targets
+assert target.send(Path("release"), "koala-700m") == {"file": "sent"}
+assert Path("sent").read_text() == "koala-700m"
+""",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TOYS)
+def test_7_a_new_kind_is_one_file_and_one_line_of_a_union(kind: str, tmp_path: Path) -> None:
+    file, code, (line, changed, imported), use = TOYS[kind]
+    shutil.copytree(ROOT / "koala", tmp_path / "koala", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "infra").symlink_to(ROOT / "infra")
+    (tmp_path / file).write_text(code)
+    union = (tmp_path / "koala/params.py").read_text()
+    assert union.count(line) == 1
+    (tmp_path / "koala/params.py").write_text(
+        union.replace(line, changed).replace("import os\n", f"import os\n{imported}\n", 1)
+    )
+    script = f"""
+import json, yaml
+from pathlib import Path
+from koala import params as parameters
+from koala.run import NoRun
+assert parameters.__file__.startswith({str(tmp_path)!r})
+params = yaml.safe_load(Path({str(ROOT / "params.yaml")!r}).read_text())
+def load(values):
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+    return parameters.load(profile="smoke")
+{use}"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_8_only_the_console_writes_to_stdout() -> None:
+    """ruff's T20 forbids print; what a command gives goes by koala.console.show."""
+    files = [file for file in [*KOALA, *FLOWS] if name_of(file) != "koala.console"]
+    assert [name_of(file) for file in files if re.search(r"(?<!\.)\bprint\(|sys\.stdout", file.read_text())] == []
+
+
+def test_koala_never_imports_prefect() -> None:
+    assert offenders(KOALA, ("prefect", "flows")) == []
+
+
+def test_flows_import_only_prefect_dvc_and_what_reports() -> None:
+    allowed = ("flows", "prefect", "dvc", "networkx", "psutil", "yaml", "koala")
+    foreign = {
+        name for file in FLOWS for name in imports(file) if name.partition(".")[0] not in sys.stdlib_module_names
+    }
+    assert {name for name in foreign if name.partition(".")[0] not in allowed} == set()
+    known = ("koala.tracking", "koala.process", "koala.console", "koala.provenance", "koala.errors")
+    assert {name for name in foreign if name.startswith("koala.") and name not in known} == set()

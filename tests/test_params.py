@@ -1,28 +1,87 @@
-"""params.yaml: its profiles are whole; what is wrong in it is said in one line."""
+"""params.yaml: its profiles and machines are whole; what is wrong in it is said in one line."""
 
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from koala.config import load
+from koala import params as parameters
 from koala.errors import KoalaError
+from koala.params import load
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = yaml.safe_load((ROOT / "params.yaml").read_text())
+Edit = Callable[[dict[str, Any]], Any]
 
 
-def test_every_profile_is_complete_and_frozen() -> None:
-    for profile in ("demo", "smoke", "sdxl"):
-        params = load(profile=profile)
-        assert set(params.students) == {"koala-700m", "koala-1b"}
-        with pytest.raises(ValueError, match="frozen"):
-            params.distill.steps = 1  # type: ignore[misc]
+@pytest.fixture
+def edit(workspace: Path) -> Callable[[Edit], None]:
+    """Change the workspace's params.yaml by a function of its document."""
+
+    def apply(change: Edit) -> None:
+        document = yaml.safe_load(Path("params.yaml").read_text())
+        change(document)
+        Path("params.yaml").write_text(yaml.safe_dump(document))
+
+    return apply
+
+
+@pytest.mark.parametrize("machine", DOCUMENT["machines"])
+@pytest.mark.parametrize("profile", DOCUMENT["profiles"])
+def test_every_profile_runs_on_every_machine_and_is_frozen(profile: str, machine: str, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    params = load(profile=profile, machine=machine)
+    assert set(params.students) == {"koala-700m", "koala-1b"}
+    config = params.distill("koala-700m")
+    with pytest.raises(ValueError, match="frozen"):
+        config.steps = 1  # type: ignore[misc]
 
 
 def test_smoke_is_the_demo_with_fewer_steps() -> None:
-    """What the tests run is the demo's configuration, but for counts, ports and thresholds."""
-    demo, smoke = load(profile="demo"), load(profile="smoke")
+    """What the tests run is the demo's configuration, but for counts and thresholds."""
+    demo, smoke = load(ROOT / "params.yaml", "demo").recipe, load(ROOT / "params.yaml", "smoke").recipe
     assert smoke.filter.model_copy(update={"shard_size": demo.filter.shard_size}) == demo.filter
     assert smoke.encode == demo.encode
-    assert smoke.distill.features == demo.distill.features
+    assert smoke.distill.model_copy(update={"steps": 500, "batch_size": 32}) == demo.distill
+
+
+def test_sampling_is_said_once(workspace: Path, edit) -> None:
+    edit(lambda document: document["profiles"]["smoke"]["sampling"].update(steps=7))
+    params = load()
+    stages = (("distill", "koala-1b"), ("reference", None), ("evaluate", "koala-1b"), ("publish", "koala-1b"))
+    assert {params.config(*stage).sampling.steps for stage in stages} == {7}  # type: ignore[attr-defined]
+
+
+def test_the_machine_says_how_and_nothing_of_what(workspace: Path, edit) -> None:
+    here = load()
+    edit(lambda document: document["machines"].update(other={"distill": {"micro_batch": 1, "log_every": 99}}))
+    there = load(machine="other")
+    for stage in ("download", "filter", "encode", "reference", "evaluate"):
+        assert here.config(stage).recipe() == there.config(stage).recipe()
+    ours, theirs = here.distill("koala-1b"), there.distill("koala-1b")
+    assert ours.machine.log_every != theirs.machine.log_every
+    assert ours.recipe() == theirs.recipe()
+    assert "machine" not in ours.recipe()
+    assert "sampling" not in ours.recipe()
+
+
+def test_the_environment_names_the_machine(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load().machine == "cpu"
+    monkeypatch.setenv("KOALA_MACHINE", "gpu-24gb")
+    assert load().machine == "gpu-24gb"
+    assert load(machine="gpu-80gb").machine == "gpu-80gb"
+
+
+def test_more_steps_at_a_constant_rate_are_the_same_work(workspace: Path, edit) -> None:
+    cosine = load().distill("koala-1b")
+    longer = cosine.model_copy(update={"steps": 999})
+    assert cosine.resume_key() != longer.resume_key()
+    constant, longer = (each.model_copy(update={"schedule": "constant"}) for each in (cosine, longer))
+    assert constant.resume_key() == longer.resume_key()
+    assert constant.recipe() != longer.recipe()
 
 
 @pytest.mark.parametrize(
@@ -39,24 +98,50 @@ def test_smoke_is_the_demo_with_fewer_steps() -> None:
         (lambda d: d["profiles"]["smoke"]["distill"].pop("steps"), "profiles.smoke.distill.steps: field required"),
         (lambda d: d["profiles"]["smoke"].pop("encode"), "profiles.smoke.encode: field required"),
         (
-            lambda d: d["profiles"]["smoke"]["distill"].update(micro_batch=3),
-            "batch_size 8 is not a multiple of micro_batch 3",
+            lambda d: d["profiles"]["smoke"]["filter"]["rules"]["words"].update(at_least="x"),
+            "profiles.smoke.filter.rules.words.at_least: input should be",
         ),
-        (lambda d: d["students"]["koala-700m"].update(mid="shrink"), "students.koala-700m.mid: input should be"),
+        (lambda d: d["profiles"]["smoke"]["filter"]["rules"].update(colour={}), "profiles.smoke.filter.rules: "),
         (
-            lambda d: d.update(profile="demos"),
-            "names the profile 'demos': choose one of demo, sdxl, sdxl-24gb, sdxl-lightning,",
+            lambda d: d["profiles"]["smoke"]["distill"].update(machine={}),
+            "distill.machine: it stands under machines.NAME",
         ),
-        (lambda d: d.pop("profiles"), "has no section 'profiles'"),
+        (lambda d: d["profiles"]["smoke"]["evaluate"].update(sampling={}), "it stands under profiles.smoke.sampling"),
+        (lambda d: d["machines"]["cpu"]["distill"].update(steps=3), "machines.cpu.distill.steps: no such parameter"),
+        (
+            lambda d: d["machines"]["cpu"]["distill"].update(launch="no.yaml"),
+            "distill.launch names no.yaml, which is not",
+        ),
+        (
+            lambda d: d["machines"]["cpu"]["distill"].update(launch="infra/accelerate/fsdp2.yaml", channels_last=True),
+            "set distill.channels_last to false",
+        ),
+        (
+            lambda d: d["students"]["koala-700m"]["unet"].update(mid="shrink"),
+            "students.koala-700m.unet.mid: input should",
+        ),
+        (
+            lambda d: d["students"]["koala-700m"].update(distill={"stepz": 3}),
+            "students.koala-700m.distill.stepz: no such parameter",
+        ),
+        (lambda d: d["students"]["koala-700m"].update(distill={"machine": {}}), "a student has none of its own"),
+        (
+            lambda d: d["profiles"]["smoke"]["distill"].update(
+                features=[{"kind": "self_attention", "stages": ["Mid"]}]
+            ),
+            "smoke.distill.features: koala-700m: the student has no feature self_attention in stage Mid: choose from",
+        ),
+        (lambda d: d.update(profile="demos"), "names the profile 'demos': choose one of demo, sdxl, sdxl-lightning,"),
+        (lambda d: d.update(machine="laptop"), "names the machine 'laptop': choose one of 8xgpu-24gb,"),
+        (lambda d: d.pop("profiles"), "profiles: field required"),
     ],
 )
-def test_what_is_wrong_is_named_in_one_line(workspace: Path, break_it, line: str) -> None:
-    document = yaml.safe_load(Path("params.yaml").read_text())
-    break_it(document)
-    Path("params.yaml").write_text(yaml.safe_dump(document))
+def test_what_is_wrong_is_named_in_one_line(edit, break_it: Edit, line: str) -> None:
+    edit(break_it)
     with pytest.raises(KoalaError) as error:
         load()
-    assert line in str(error.value) and "\n" not in str(error.value)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_yaml_that_is_none_is_said_with_its_place(workspace: Path) -> None:
@@ -71,3 +156,55 @@ def test_no_params_and_no_student(workspace: Path) -> None:
     Path("params.yaml").unlink()
     with pytest.raises(KoalaError, match=r"no params.yaml here"):
         load()
+
+
+def test_few_step_students_have_no_task_term() -> None:
+    """It would pull them towards the mean of all images."""
+    for profile in DOCUMENT["profiles"]:
+        config = load(ROOT / "params.yaml", profile).distill("koala-1b")
+        assert (config.weights.task == 0) is (config.timesteps is not None)
+
+
+def test_the_schema_in_the_tree_is_current() -> None:
+    """Make it anew with: koala params --schema > params.schema.json."""
+    assert json.loads((ROOT / "params.schema.json").read_text()) == parameters.schema()
+    assert (ROOT / "params.yaml").read_text().startswith("# yaml-language-server: $schema=params.schema.json\n")
+
+
+def fields(schema: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every property of every object in a JSON schema."""
+    if isinstance(schema, dict):
+        for name, field in (schema.get("properties") or {}).items():
+            if isinstance(field, dict):
+                yield f"{path}.{name}", field
+        for name, each in schema.items():
+            yield from fields(each, f"{path}.{name}")
+    elif isinstance(schema, list):
+        for each in schema:
+            yield from fields(each, path)
+
+
+def test_every_parameter_is_explained() -> None:
+    schema = parameters.schema()
+    found = list(fields(schema))
+    assert len(found) > 100
+
+    def explained(field: dict[str, Any]) -> bool:
+        # A field whose words are those of its type carries them there.
+        name = str(field.get("$ref", "")).rpartition("/")[2]
+        return "description" in field or "description" in schema["$defs"].get(name, {})
+
+    kinds = ("rules", "metrics", "targets")
+    silent = [path for path, field in found if not explained(field)]
+    assert [p for p in silent if p.split(".")[-1] != "kind" and p.split(".")[-2] not in kinds] == []
+
+
+def test_params_yaml_fits_its_schema() -> None:
+    """An editor that checks by the schema finds no fault in what the loader takes."""
+    import jsonschema
+
+    jsonschema.validate(DOCUMENT, parameters.schema())
+    broken = yaml.safe_load(yaml.safe_dump(DOCUMENT))
+    broken["profiles"]["demo"]["filter"]["rules"]["colour"] = {}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, parameters.schema())

@@ -1,7 +1,7 @@
 """The settings that users run, together: every machine of params.yaml at tiny size, killed and resumed to the same bits.
 
 A machine's launch file is replaced by its counterpart on a CPU: one process, two, or two that shard the student. Layers are
-compiled as far as dynamo's graphs, which compute to the bit what eager layers do: inductor's kernels have a test of their own.
+compiled as far as dynamo's graphs, which compute to the bit what eager layers do; inductor's kernels would take minutes.
 """
 
 from collections.abc import Callable
@@ -52,14 +52,6 @@ def test_a_machines_settings_train_together_and_resume_to_the_same_bits(
     assert same(weights(cut.state), weights(whole.state))
     assert losses(cut.state) == losses(whole.state)
     assert len({row["loss/total"] for row in losses(whole.state)}) == 5
-
-
-def test_layers_compiled_in_full_train_as_eager_ones(make_job: Callable, uncut: Path) -> None:
-    """Inductor's own kernels, on a CPU."""
-    job = make_job(steps=2, machine={"compile": True})
-    Training(job).wait(240)
-    for ours, theirs in zip(losses(job.state), losses(uncut), strict=False):
-        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

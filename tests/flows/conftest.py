@@ -182,7 +182,7 @@ def outside(project: Path, mlflow_store: str, tmp_path: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "KOALA", "MLFLOW"))}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     own = {"HOME": str(tmp_path), "PYTHONPATH": path, "MLFLOW_TRACKING_URI": mlflow_store}
-    return {**kept, **own, "PREFECT_WORKER_QUERY_SECONDS": "0.5"}
+    return {**kept, **own, "PREFECT_WORKER_QUERY_SECONDS": "1"}
 
 
 @pytest.fixture

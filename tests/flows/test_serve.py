@@ -67,7 +67,8 @@ def test_runs_are_cancelled_and_lost_and_ended_without_a_trace(
     with temporary_settings({PREFECT_API_URL: address}), get_client(sync_client=True) as client:
 
         def ends_as(state: str, run: UUID) -> None:
-            wait_until(lambda: str(client.read_flow_run(run).state_type) == f"StateType.{state}", 40, serve, log)
+            ended = f"StateType.{state}"
+            wait_until(lambda: str(client.read_flow_run(run).state_type) == ended, 40, serve, log, poll=0.5)
 
         def run() -> UUID:
             run = client.create_flow_run_from_deployment(client.read_deployment_by_name("distill/koala-a").id)
@@ -112,9 +113,11 @@ def serving(name: str, serve: subprocess.Popen[str]) -> list[psutil.Process]:
     return carrying(SERVICE, f"{name}-{serve.pid}")
 
 
-def wait_until(holds: Callable[[], bool], seconds: float, program: subprocess.Popen[str], log: Path) -> None:
+def wait_until(
+    holds: Callable[[], bool], seconds: float, program: subprocess.Popen[str], log: Path, poll: float = 0.1
+) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert program.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
+        time.sleep(poll)

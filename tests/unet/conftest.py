@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def rules() -> dict[str, StudentRule]:
     """The rules of params.yaml and those of the known students."""
     students = yaml.safe_load((ROOT / "params.yaml").read_text())["students"]
-    return {name: StudentRule(**rule) for name, rule in students.items()} | dict(RULES)
+    return {name: StudentRule(**row["unet"]) for name, row in students.items()} | dict(RULES)
 
 
 @pytest.fixture(scope="session")

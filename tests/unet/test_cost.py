@@ -7,10 +7,11 @@ import pytest
 import yaml
 
 from koala.errors import KoalaError
+from koala.inspect import inspect
 from koala.unet.blocks import keep
-from koala.unet.build import empty_unet, student_config
-from koala.unet.inspect import inspect, show
+from koala.unet.cost import student_cost, unet_cost
 from koala.unet.reference import SDXL
+from koala.unet.student import empty_unet, student_config
 
 PARAMETERS = {
     "sdxl": 2_567_463_684,
@@ -39,7 +40,7 @@ SELF_ATTENTIONS = {"sdxl": 70, "koala-1b": 30, "koala-700m": 21}
 @pytest.fixture(scope="module")
 def cost_of(rules):
     """(student, image size in pixels) -> its cost, counted once."""
-    return cache(lambda name, size: inspect(student_config(SDXL, keep(SDXL, rules[name])), latent_size=size // 8))
+    return cache(lambda name, size: student_cost(SDXL, rules[name], latent_size=size // 8))
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -67,7 +68,7 @@ def test_self_attention_layers_are_those_of_the_model(cost_of, rules, name):
 
 
 def test_json_is_all_that_stdout_holds(capsys):
-    show("bk-base", size=512, as_json=True)
+    inspect("bk-base", size=512, as_json=True)
     data = json.loads(capsys.readouterr().out)
     assert (data["target"], data["size"], data["parameters"]) == ("bk-base", 512, PARAMETERS["bk-base"])
     assert data["stages"]["UP1"]["self_attentions"] == 20
@@ -80,7 +81,7 @@ def test_json_is_all_that_stdout_holds(capsys):
 def test_a_student_of_params_yaml_beside_sdxl(capsys, monkeypatch, request, tmp_path):
     monkeypatch.chdir(request.config.rootpath)
     plot = tmp_path / "new" / "cost.png"
-    show("koala-700m", plot=plot)
+    inspect("koala-700m", plot=plot)
     printed = capsys.readouterr().out
     assert "koala-700m: 782,822,724 parameters (30.5% of SDXL)" in printed
     assert "SDXL: 2,567,463,684 parameters" in printed
@@ -100,12 +101,12 @@ def write_folder(folder, unet, vae=None):
 def test_a_model_folder_is_counted_from_its_configurations(tmp_path, tiny_config, capsys):
     """32 px and a VAE that divides by 4 give latents of 8 x 8."""
     write_folder(tmp_path, {"_class_name": "UNet2DConditionModel"} | tiny_config, {"block_out_channels": [8, 8, 8]})
-    show(str(tmp_path), size=32, as_json=True)
+    inspect(str(tmp_path), size=32, as_json=True)
     data = json.loads(capsys.readouterr().out)
-    cost = inspect(tiny_config, latent_size=8)
+    cost = unet_cost(tiny_config, latent_size=8)
     assert (data["parameters"], data["flops"]) == (cost.parameters, cost.flops)
     assert cost.parameters == empty_unet(tiny_config).num_parameters()
-    show(str(tmp_path / "unet"), size=64, as_json=True)
+    inspect(str(tmp_path / "unet"), size=64, as_json=True)
     assert json.loads(capsys.readouterr().out)["flops"] == cost.flops
 
 
@@ -118,7 +119,7 @@ def test_a_folder_of_another_depth_than_sdxl_has_rows_of_its_own(tmp_path, tiny_
         "attention_head_dim": 2,
     }
     write_folder(tmp_path, four)
-    show(str(tmp_path), size=128)
+    inspect(str(tmp_path), size=128)
     rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.split()]
     order = ["DW1", "DW2", "DW3", "DW4", "Mid", "UP1", "UP2", "UP3", "UP4", "other", "total"]
     assert [row for row in rows if row in order] == order
@@ -136,37 +137,38 @@ def test_a_folder_of_another_depth_than_sdxl_has_rows_of_its_own(tmp_path, tiny_
 def test_folders_without_such_a_unet_are_refused(tmp_path, unet, complaint):
     write_folder(tmp_path, unet)
     with pytest.raises(KoalaError, match=complaint):
-        show(str(tmp_path))
+        inspect(str(tmp_path))
 
 
 def test_a_file_that_is_not_json_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(KoalaError, match="cannot be read as JSON"):
-        show(str(tmp_path))
+        inspect(str(tmp_path))
 
 
 def test_an_unknown_target_is_told_what_there_is(monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
     with pytest.raises(KoalaError, match=r"'koala-9b' is neither .* koala-700m, koala-1b, sdxl, bk-base") as refusal:
-        show("koala-9b")
+        inspect("koala-9b")
     assert "\n" not in str(refusal.value)
 
 
 def test_a_student_that_cannot_be_built_is_not_counted(monkeypatch, request, tmp_path):
     params = yaml.safe_load((request.config.rootpath / "params.yaml").read_text())
-    params["students"] = {"misfit": {"down_pairs": [0], "up_pairs": [0, 1], "mid": "keep"}}
+    params["students"] = {"misfit": {"unet": {"down_pairs": [0], "up_pairs": [0, 1], "mid": "keep"}}}
+    (tmp_path / "infra").symlink_to(request.config.rootpath / "infra")
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KoalaError, match="the stage's pair 2 fits"):
-        show("misfit")
+        inspect("misfit")
 
 
 @pytest.mark.parametrize("size", [0, -8, 1020])
 def test_a_size_that_the_vae_cannot_divide_is_refused(size):
     with pytest.raises(KoalaError, match="must be a multiple of 8 pixels"):
-        show("sdxl", size=size)
+        inspect("sdxl", size=size)
 
 
 def test_a_plot_of_no_known_kind_is_refused(tmp_path):
     with pytest.raises(KoalaError, match=r"name a \.png"):
-        show("vega", size=512, as_json=True, plot=tmp_path / "plot.xyz")
+        inspect("vega", size=512, as_json=True, plot=tmp_path / "plot.xyz")

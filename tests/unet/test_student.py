@@ -1,7 +1,7 @@
 """Students are stock U-Nets that run, in whole pipeline folders."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from koala.errors import KoalaError
 from koala.unet.blocks import StudentRule, keep, teacher_stages
-from koala.unet.build import build_student, run, student_config
+from koala.unet.config import StudentConfig
 from koala.unet.reference import SDXL
+from koala.unet.student import build_student, read_stages, student, student_config
 
 DEPTHS = {
     "koala-700m": (1, [1, 2, 5], None, None),
@@ -107,35 +108,19 @@ def test_depths_that_a_stock_unet_cannot_have_are_refused(teacher):
 
 @dataclass
 class Folders:
-    """What the stage asks of the parameters."""
+    """The teacher's folder, and the stage, called as the runner calls it."""
 
     root: Path
     rules: dict[str, StudentRule]
 
-    def need(self, stage: str) -> Path:
-        return self.root / stage
+    @property
+    def out(self) -> Path:
+        return self.root / "student"
 
-    def out(self, stage: str, student: str) -> Path:
-        return self.root / stage / student
-
-    def student(self, name: str) -> StudentRule:
-        return self.rules[name]
-
-
-@dataclass
-class Recorded:
-    """What the stage told MLflow."""
-
-    told: dict[str, object] = field(default_factory=dict)
-
-    def metrics(self, values):
-        self.told |= values
-
-    def tags(self, values):
-        self.told |= values
-
-    def artifact(self, path):
-        assert path.is_file()
+    def build(self, name, run, init_from=None):
+        self.out.mkdir(exist_ok=True)
+        config = StudentConfig(unet=self.rules[name], init_from=init_from)
+        student(config, teacher=self.root / "teacher", out=self.out, run=run)
 
 
 @pytest.fixture
@@ -159,23 +144,21 @@ def folders(tmp_path, rules, teacher):
     return Folders(tmp_path, rules)
 
 
-def test_the_stage_writes_a_whole_pipeline_folder(folders, teacher):
-    recorded = Recorded()
-    run(folders, recorded, "koala-1b")
-    out = folders.out("student", "koala-1b")
+def test_the_stage_writes_a_whole_pipeline_folder(folders, teacher, recorder):
+    folders.build("koala-1b", recorder)
+    out = folders.out
 
     names = {"model_index.json", "unet", "vae", "kept.json", "weight_map.json"}
     assert {path.name for path in out.iterdir()} == names
-    assert [path.name for path in out.parent.iterdir()] == ["koala-1b"]
     for file in ("model_index.json", "vae/weights.bin"):
         assert (out / file).read_bytes() == (folders.root / "teacher" / file).read_bytes()
         assert (out / file).stat().st_mode & 0o200
 
-    student = UNet2DConditionModel.from_pretrained(out / "unet", torch_dtype=torch.float16, use_safetensors=True)
+    built = UNet2DConditionModel.from_pretrained(out / "unet", torch_dtype=torch.float16, use_safetensors=True)
     source = teacher.state_dict()
     weights = json.loads((out / "weight_map.json").read_text())
-    assert weights.keys() == student.state_dict().keys()
-    for name, tensor in student.state_dict().items():
+    assert weights.keys() == built.state_dict().keys()
+    for name, tensor in built.state_dict().items():
         assert torch.equal(tensor, source[weights[name]]), name
 
     kept = json.loads((out / "kept.json").read_text())
@@ -188,20 +171,20 @@ def test_the_stage_writes_a_whole_pipeline_folder(folders, teacher):
         "teacher_depths": [0, 0],
     }
     assert str(folders.root) not in (out / "unet" / "config.json").read_text()
-    assert recorded.told["parameters"] == student.num_parameters()
-    assert recorded.told["share"] == student.num_parameters() / teacher.num_parameters()
-    assert "data_hash.teacher" in recorded.told
+    assert read_stages(out) == keep(teacher.config, folders.rules["koala-1b"])
+    assert recorder.logged["parameters"] == built.num_parameters()
+    assert recorder.logged["share"] == built.num_parameters() / teacher.num_parameters()
 
 
-def test_the_weights_are_stored_in_the_teachers_dtype(folders):
-    run(folders, Recorded(), "koala-700m")
-    stored = load_file(folders.out("student", "koala-700m") / "unet" / "diffusion_pytorch_model.safetensors")
+def test_the_weights_are_stored_in_the_teachers_dtype(folders, recorder):
+    folders.build("koala-700m", recorder)
+    stored = load_file(folders.out / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
 
 
 @pytest.mark.parametrize("fault", ["a tensor short", "another name", "cut off"])
-def test_a_teacher_with_faulty_weights_is_refused(folders, fault):
-    """diffusers would fill a missing tensor with random numbers and go on."""
+def test_a_teacher_with_faulty_weights_is_refused(folders, fault, recorder):
+    """diffusers would fill a missing tensor with random numbers and continue."""
     file = folders.root / "teacher" / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     content = file.read_bytes()
@@ -213,32 +196,52 @@ def test_a_teacher_with_faulty_weights_is_refused(folders, fault):
     else:
         file.write_bytes(content[: len(content) // 2])
     with pytest.raises(KoalaError, match=r"lacks 1 tensors, such as conv_out\.bias|cannot be loaded") as refusal:
-        run(folders, Recorded(), "koala-700m")
+        folders.build("koala-700m", recorder)
     assert "\n" not in str(refusal.value)
-    assert not folders.out("student", "koala-700m").exists()
+    assert not list(folders.out.iterdir())
 
 
-def test_a_run_that_was_cut_is_made_good_by_the_next(folders, monkeypatch):
-    out = folders.out("student", "koala-700m")
+def test_an_interrupted_run_is_repaired_by_the_next(folders, monkeypatch, recorder):
     with monkeypatch.context() as patch:
         patch.setattr(
             UNet2DConditionModel, "save_pretrained", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
-            run(folders, Recorded(), "koala-700m")
-    assert not out.exists()
+            folders.build("koala-700m", recorder)
+    (folders.out / "half-written").touch()
     for _ in range(2):
-        run(folders, Recorded(), "koala-700m")
-        assert (out / "unet" / "config.json").is_file()
-    assert [path.name for path in out.parent.iterdir()] == ["koala-700m"]
+        folders.build("koala-700m", recorder)
+        assert (folders.out / "unet" / "config.json").is_file()
+        assert not (folders.out / "half-written").exists()
 
 
 @pytest.mark.parametrize(
     ("lacking", "complaint"), [("unet/*.safetensors", "holds no .safetensors"), ("*.json", "is no pipeline")]
 )
-def test_a_teacher_that_cannot_be_used_is_one_line(folders, lacking, complaint):
+def test_a_teacher_that_cannot_be_used_is_one_line(folders, lacking, complaint, recorder):
     for file in (folders.root / "teacher").glob(lacking):
         file.unlink()
     with pytest.raises(KoalaError, match=complaint) as refusal:
-        run(folders, Recorded(), "koala-700m")
+        folders.build("koala-700m", recorder)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_student_starts_from_an_earlier_release(folders, recorder, tmp_path):
+    folders.build("koala-700m", recorder)
+    release = tmp_path / "release"
+    folders.out.rename(release)
+    file = release / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = {name: tensor + 1 for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    folders.build("koala-700m", recorder, init_from=str(release))
+    stored = load_file(folders.out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(stored[name], tensors[name]) for name in tensors)
+    assert json.loads((folders.out / "weight_map.json").read_text()) == {}
+    with pytest.raises(KoalaError, match="its U-Net has another shape than the rule gives"):
+        folders.build("koala-1b", recorder, init_from=str(release))
+
+
+@pytest.mark.parametrize("release", ["no/such/folder", "us/koala-700m", "us/koala-700m@main"])
+def test_a_release_that_is_not_there_is_one_line(folders, recorder, release):
+    with pytest.raises(KoalaError, match=r"there is no such folder, nor is it owner/name@COMMIT of the Hub"):
+        folders.build("koala-700m", recorder, init_from=release)

@@ -7,8 +7,8 @@ import torch
 
 from koala.errors import KoalaError
 from koala.unet.blocks import StudentRule, keep
-from koala.unet.build import build_student, empty_unet, student_config
 from koala.unet.reference import SDXL
+from koala.unet.student import build_student, empty_unet, student_config
 from koala.unet.weights import check, copy_weights, weight_map
 
 
@@ -88,7 +88,8 @@ def test_the_students_tensors_are_copies(rules, teacher):
 def test_mid_resnets_keeps_the_first_residual_block(rules, teacher):
     student = build_student(teacher, StudentRule(down_pairs=(0,), up_pairs=(0, 2), mid="resnets"))
     mid = {name for name in student.state_dict() if name.startswith("mid_block.")}
-    assert mid and all(name.startswith("mid_block.resnets.0.") for name in mid)
+    assert mid
+    assert all(name.startswith("mid_block.resnets.0.") for name in mid)
     weight = "mid_block.resnets.0.conv1.weight"
     assert torch.equal(student.state_dict()[weight], teacher.state_dict()[weight])
 
