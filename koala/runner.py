@@ -188,8 +188,9 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def move(folder: Path, to: Path) -> None:
     """Put a folder in another's place, in one step, also from another file system; what was there is removed."""
     to.parent.mkdir(parents=True, exist_ok=True)
-    partial = to.with_name(f".{to.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, old = to.with_name(f".{to.name}.partial"), to.with_name(f".{to.name}.old")
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
     try:
         os.replace(folder, partial)
     except OSError as error:
@@ -197,8 +198,10 @@ def move(folder: Path, to: Path) -> None:
             raise
         shutil.copytree(folder, partial)
         shutil.rmtree(folder)
-    shutil.rmtree(to, ignore_errors=True)
+    if to.exists():
+        os.replace(to, old)
     os.replace(partial, to)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -75,7 +75,12 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path
     """A folder with params.yaml at profile `smoke`, dvc.yaml, infra/, and an MLflow store; the current folder."""
     document = yaml.safe_load((ROOT / "params.yaml").read_text())
     document["profile"] = "smoke"
-    document["machines"]["cpu"]["distill"] |= {"micro_batch": 4, "checkpoint_every": 2, "log_every": 2, "validate_every": 3}
+    document["machines"]["cpu"]["distill"] |= {
+        "micro_batch": 4,
+        "checkpoint_every": 2,
+        "log_every": 2,
+        "validate_every": 3,
+    }
     document["machines"]["cpu"]["evaluate"] = {"batch_size": 3, "latency_repeats": 2}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(document))
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
@@ -169,7 +174,9 @@ class Artifacts:
         from koala.distill.job import Job
 
         state.mkdir(exist_ok=True)
-        return Job(config=config, latents=self.latents, teacher=self.teacher, student=self.student(student), state=state)
+        return Job(
+            config=config, latents=self.latents, teacher=self.teacher, student=self.student(student), state=state
+        )
 
 
 @pytest.fixture(scope="session")

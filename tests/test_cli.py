@@ -1,5 +1,6 @@
 """The command as a user meets it: errors are one line and status 2, help is quick."""
 
+import json
 import os
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def test_unknown_student(workspace: Path) -> None:
 
 
 def test_missing_stage_output(workspace: Path) -> None:
-    assert "artifacts/smoke/source is missing: run `dvc repro source`" in one_line(koala("download"))
+    assert "artifacts/smoke/table is missing: run `dvc repro source`" in one_line(koala("download"))
 
 
 def test_outside_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +54,8 @@ def test_a_full_disk_is_said_in_one_line(workspace: Path) -> None:
         Path("runs").symlink_to("artifacts")
         Path("artifacts/full").write_bytes(b"0" * 60_000)
         line = one_line(koala("source"))
-        assert "disk is full" in line and "finished work is kept" in line
+        assert "disk is full" in line
+        assert "finished work is kept" in line
     finally:
         subprocess.run(["umount", "artifacts"], check=True)
 
@@ -62,16 +64,30 @@ def test_sdxl_without_a_gpu_stops_at_once(workspace: Path) -> None:
     params = Path("params.yaml")
     params.write_text(params.read_text().replace("profile: smoke", "profile: sdxl"))
     line = one_line(koala("source", CUDA_VISIBLE_DEVICES=""))
-    assert "CUDA GPU" in line and "profile: demo" in line
+    assert "CUDA GPU" in line
+    assert "profile: demo" in line
 
 
-def test_a_model_that_is_none(workspace: Path) -> None:
-    assert "there is no model at nowhere" in one_line(koala("generate", "nowhere", "a prompt"))
-    Path("empty").mkdir()
-    assert "cannot load a model of SDXL's kind from empty" in one_line(koala("generate", "empty", "a prompt"))
+def test_help_fits_a_terminal_and_groups_the_commands() -> None:
+    """Each command is said in a sentence that 80 columns do not cut."""
+    shown = koala("--help", COLUMNS="80", TERM="dumb").stdout
+    assert "..." not in shown.replace("[ARGS]...", "")
+    assert "…" not in shown
+    stages, tools = shown.index("Stages"), shown.index("Tools")
+    assert stages < shown.index(" distill ") < tools < shown.index(" generate ")
+    lines = [line for line in shown.splitlines() if line.startswith(("│", "|"))]
+    names = {line.split()[1] for line in lines}
+    assert {"source", "reference", "publish", "inspect", "params", "bench"} <= names
 
 
-def test_generate_draws_a_grid(workspace: Path, tiny_teacher: Path) -> None:
+def test_params_are_checked_and_their_schema_is_shown(workspace: Path) -> None:
+    assert koala("params").stdout.startswith("params.yaml is valid: profile smoke, machine cpu, koala-1b, koala-700m")
+    assert json.loads(koala("params", "--schema").stdout)["title"] == "Document"
+    Path("params.yaml").write_text("profile: 3")
+    assert "params.yaml: profile: input should be a valid string" in one_line(koala("params"))
+
+
+def test_generate_writes_a_grid(workspace: Path, tiny_teacher: Path) -> None:
     from PIL import Image
 
     result = koala("generate", str(tiny_teacher), "a large red circle", "--seed", "1", "-n", "3", "--steps", "2")

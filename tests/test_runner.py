@@ -1,0 +1,241 @@
+"""One stage from parameters to artifact: what it refuses, what it keeps, what it moves."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from koala import provenance, runner
+from koala.config import Config
+from koala.errors import KoalaError
+from koala.run import STATE
+
+ROOT = Path(__file__).parents[1]
+TABLE = Path("artifacts/smoke/table")
+
+
+def writes(text: str) -> Callable[..., None]:
+    """A stage that writes a file."""
+
+    def stage(config: Config, out: Path, run: object, **_: Path) -> None:
+        (out / "made").write_text(text)
+
+    return stage
+
+
+def interrupted(config: Config, out: Path, run: object, **_: Path) -> None:
+    (out / "half").write_text("finished work")
+    (out / STATE).mkdir()
+    (out / STATE / "position").write_text("7")
+    raise KeyboardInterrupt
+
+
+def make(stage: str, text: str = "x", student: str | None = None) -> Path:
+    """Run a stage that writes a file; gives its artifact."""
+    job = runner.prepare(stage, student)
+    job.run(writes(text))
+    return job.artifact
+
+
+def test_a_missing_input_is_one_line_before_torch_is_imported(workspace: Path) -> None:
+    code = "import sys; from koala import cli; cli.QUIET; sys.argv = ['koala', {!r}, *{!r}]; cli.main()"
+    check = "import atexit; atexit.register(lambda: print('torch' in sys.modules));"
+    for stage, student, line in (
+        ("download", [], "artifacts/smoke/table is missing: run `dvc repro source` (or `koala source`) first"),
+        (
+            "distill",
+            ["koala-1b"],
+            "artifacts/smoke/latents is missing: run `dvc repro encode` (or `koala encode`) first",
+        ),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; {check} " + code.format(stage, student)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert done.stderr.strip() == f"koala: {line}"
+        assert done.stdout.strip() == "False"
+
+
+def test_a_students_missing_input_names_the_students_command(workspace: Path) -> None:
+    for noun in ("latents", "teacher"):
+        Path("artifacts/smoke", noun).mkdir(parents=True)
+    with pytest.raises(KoalaError, match=r"run `dvc repro student@koala-1b` \(or `koala student koala-1b`\) first"):
+        runner.prepare("distill", "koala-1b")
+
+
+def test_the_artifact_carries_its_provenance(workspace: Path) -> None:
+    table = make("source")
+    images = make("download")
+    found = provenance.read(images)
+    assert (found["stage"], found["profile"], found["student"]) == ("download", "smoke", None)
+    assert found["inputs"] == {"table": provenance.content_hash(table, runner.HASHES)}
+    assert found["content"] == provenance.content_hash(images, runner.HASHES)
+    assert found["config"]["image_size"] == 32
+    assert "machine" not in found["config"]
+    from mlflow import MlflowClient
+
+    run = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_run(found["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["data_hash.table"] == found["inputs"]["table"]
+    assert run.data.tags["data_hash"] == found["content"]
+    assert run.data.params["download.image_size"] == "32"
+
+
+def test_an_interrupted_stage_finds_what_it_left_and_its_run(workspace: Path) -> None:
+    job = runner.prepare("source")
+    with pytest.raises(KeyboardInterrupt):
+        job.run(interrupted)
+    assert not job.artifact.exists()
+
+    def resumed(config: Config, out: Path, run: object) -> None:
+        assert (out / "half").read_text() == "finished work"
+        assert (out / STATE / "position").read_text() == "7"
+        shutil.rmtree(out / STATE)
+
+    runner.prepare("source").run(resumed)
+    assert {path.name for path in TABLE.iterdir()} == {"half", "provenance.json"}
+    assert [path.name for path in Path("runs/source").iterdir()] == ["provenance.json"]
+    from mlflow import MlflowClient
+
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    (run,) = client.search_runs([client.get_experiment_by_name("koala-smoke").experiment_id])
+    assert run.info.status == "FINISHED"
+
+
+def test_state_stays_behind_and_comes_back_also_after_a_kill_between_the_moves(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keeps_state(config: Config, out: Path, run: object) -> None:
+        (out / STATE).mkdir(exist_ok=True)
+        with (out / STATE / "calls").open("a") as calls:
+            calls.write("x")
+
+    runner.prepare("source").run(keeps_state)
+    assert not (TABLE / STATE).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "move", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            runner.prepare("source").run(keeps_state)
+    job = runner.prepare("source")
+    job.run(keeps_state)
+    assert (job.work(job.hashes()) / "out" / STATE / "calls").read_text() == "xxx"
+    assert not (TABLE / STATE).exists()
+
+
+def test_an_artifact_replaces_the_one_before_and_does_not_mix_with_it(workspace: Path) -> None:
+    teacher = Path("artifacts/smoke/teacher")
+    teacher.mkdir(parents=True)
+    (teacher / "by-hand").write_text("another teacher's")
+    assert make("teacher") == teacher
+    assert {path.name for path in teacher.iterdir()} == {"made", "provenance.json"}
+
+
+def test_what_is_made_by_hand_is_what_the_next_stage_keys_by_though_the_lock_says_otherwise(workspace: Path) -> None:
+    make("source", "first")
+    old = runner.prepare("download").hashes()
+    lock = {"stages": {"source": {"outs": [{"path": str(TABLE), "md5": "of the first"}]}}}
+    Path("dvc.lock").write_text(yaml.safe_dump(lock))
+    make("source", "other")
+    assert runner.prepare("download").hashes() != old
+    make("source", "first")
+    assert runner.prepare("download").hashes() == old
+
+
+def test_the_same_content_by_another_commit_keeps_its_first_provenance(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the artifact is the same to the byte, and DVC reruns nothing after it."""
+    first = (make("source") / "provenance.json").read_bytes()
+    monkeypatch.setattr(provenance, "git_commit", lambda: "another")
+    assert (make("source") / "provenance.json").read_bytes() == first
+    assert json.loads((make("source", "changed") / "provenance.json").read_text())["commit"] == "another"
+
+
+def test_another_machine_or_another_interval_resumes_the_same_work(workspace: Path, change_params) -> None:
+    for noun in ("latents", "teacher", "student/koala-1b"):
+        Path("artifacts/smoke", noun).mkdir(parents=True)
+        Path("artifacts/smoke", noun, "file").write_text(noun)
+
+    def work() -> Path:
+        job = runner.prepare("distill", "koala-1b")
+        return job.work(job.hashes())
+
+    here = work()
+    change_params(machine={"log_every": 77, "compile": True, "micro_batch": 1})
+    assert work() == here
+    os.environ["KOALA_MACHINE"] = "8xgpu-80gb"
+    try:
+        assert work() == here
+    finally:
+        del os.environ["KOALA_MACHINE"]
+    change_params(sampling={"prompts": ["another"]})
+    assert work() == here
+    change_params(distill={"learning_rate": 1.0})
+    assert work() != here
+
+
+def test_the_second_run_in_a_work_folder_is_refused(workspace: Path) -> None:
+    code = """
+import time
+from koala import runner
+def waits(config, out, run):
+    print("ready", flush=True)
+    time.sleep(60)
+runner.prepare("source").run(waits)
+"""
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout
+        assert first.stdout.readline() == "ready\n"
+        with pytest.raises(KoalaError, match="is in use by another run of this stage: wait for it, or stop it"):
+            make("source")
+    finally:
+        first.kill()
+        first.wait()
+    assert make("source") == TABLE  # the lock goes with its process
+
+
+def test_unfinished_work_of_another_recipe_is_named(workspace: Path, change_params, capsys) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        runner.prepare("source").run(interrupted)
+    change_params(source={"rows": 121})
+    make("source")
+    said = capsys.readouterr().err
+    assert "holds work of another recipe: rows 120 (now 121); it will not be resumed" in said
+
+
+def test_finished_work_that_keeps_its_state_is_not_named(workspace: Path, change_params, capsys) -> None:
+    def keeps_state(config: Config, out: Path, run: object) -> None:
+        (out / STATE).mkdir(exist_ok=True)
+        (out / STATE / "kept").touch()
+
+    runner.prepare("source").run(keeps_state)
+    change_params(source={"rows": 121})
+    make("source")
+    assert "will not be resumed" not in capsys.readouterr().err
+
+
+def test_a_folder_moves_across_file_systems(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", other], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        for text in ("one", "two"):
+            folder = tmp_path / "folder"
+            (folder / "sub").mkdir(parents=True)
+            (folder / "sub/file").write_text(text)
+            runner.move(folder, other / "deep/there")
+            assert not folder.exists()
+            assert (other / "deep/there/sub/file").read_text() == text
+        assert [path.name for path in (other / "deep").iterdir()] == ["there"]
+    finally:
+        subprocess.run(["umount", other], check=True)
