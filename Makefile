@@ -53,10 +53,10 @@ repro: install ## the pipeline by DVC alone, at the profile that params.yaml nam
 	@$(BIN)/dvc repro
 
 test: lint ## all checks and all tests
-	$(PYTEST) -n 2 --dist loadgroup
+	$(PYTEST) -n 2 --dist loadfile
 
 test-fast: install ## the tests that start no process of their own
-	$(PYTEST) -n 2 --dist loadgroup -m "not slow"
+	$(PYTEST) -n 2 --dist loadfile -m "not slow"
 
 lint: install ## style, types, spelling
 	$(BIN)/ruff check

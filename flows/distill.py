@@ -31,7 +31,7 @@ from flows.lost import close_lost_runs, label
 from flows.report import make_artifacts, show_report
 from flows.repro import clean_up, reproduce
 from flows.services import HOME, Service, ServiceError, free_port, prefect_server
-from flows.stages import LAST_STAGE, PipelineError, Stage, machine, pipeline, profile
+from flows.stages import LAST_STAGE, PipelineError, Stage, machine, pipeline, profile, students
 from koala import tracking
 from koala.console import say
 from koala.provenance import git_commit
@@ -118,14 +118,14 @@ def stage_task(stage: Stage) -> Task[..., Any]:
 def main() -> int:
     """Run the flow for each student, one after another, and show the results. Exit status 2: the user must fix something."""
     parser = argparse.ArgumentParser(prog="python -m flows.distill", description=distill.description)
-    parser.add_argument("students", nargs="+", metavar="STUDENT", help="a student of params.yaml, such as koala-700m")
+    parser.add_argument("students", nargs="*", metavar="STUDENT", help="a student of params.yaml; left out: all")
     parser.add_argument("--profile", help="refuse to run unless params.yaml names this profile")
     arguments = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, lambda number, _: sys.exit(128 + number))  # leave by the way that cleans up
     try:
-        pipelines = {student: pipeline(f"{LAST_STAGE}@{student}") for student in arguments.students}
+        pipelines = {student: pipeline(f"{LAST_STAGE}@{student}") for student in arguments.students or students()}
         if arguments.profile not in (None, profile()):
             return _refuse(f"params.yaml says `profile: {profile()}`: this wants `profile: {arguments.profile}` there")
         with _server():

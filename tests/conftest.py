@@ -23,6 +23,35 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
+# Files whose tests start processes of their own, or take more than a few seconds: `make test-fast` leaves them out.
+SLOW = (
+    "bench/test_bench.py",
+    "data/test_download.py",
+    "distill/test_launch.py",
+    "distill/test_machines.py",
+    "distill/test_memory.py",
+    "distill/test_resume.py",
+    "distill/test_trainer.py",
+    "distill/test_validation.py",
+    "distill/test_float8.py",
+    "flows/",
+    "pipeline/",
+    "test_cli.py",
+    "test_dvc.py",
+    "test_examples.py",
+    "test_process.py",
+    "test_runner.py",
+    "test_tracking.py",
+    "unet/test_cost.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(ROOT / "tests").as_posix().startswith(SLOW):
+            item.add_marker("slow")
+
+
 class Recorder:
     """A run that remembers what a stage reported: the last value of each metric, all steps, tags, and files."""
 

@@ -159,7 +159,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         """Start at zero."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -200,7 +200,7 @@ class _Autocast(TorchFunctionMode):
     ) -> Any:
         options = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
-            return _Flash.apply(
+            return _Flash.apply(  # type: ignore[no-untyped-call]
                 *(self._half(tensor) for tensor in args[:3] or [options[n] for n in ("query", "key", "value")])
             )
         if self._bf16 and func in (F.linear, F.conv2d, torch.conv2d):

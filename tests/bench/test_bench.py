@@ -181,7 +181,9 @@ def test_what_cannot_be_measured_is_one_line(workspace: Path) -> None:
         ("infer", "--size", "100"): "--size 100: must be a multiple of 32 pixels",
     }.items():
         said = koala("bench", *arguments)
-        assert said.returncode == 2 and line in said.stderr and len(said.stderr.splitlines()) == 1, said.stderr
+        assert said.returncode == 2, said.stderr
+        assert line in said.stderr
+        assert len(said.stderr.splitlines()) == 1
 
 
 def test_a_measurement_that_fails_says_so(workspace: Path, capfd) -> None:
