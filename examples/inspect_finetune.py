@@ -1,6 +1,8 @@
-"""Show what KOALA's rule would make of a fine-tune: parameters and FLOPs, stage by stage. Only configurations are read.
+"""Show what KOALA's rules would make of a fine-tune: parameters, FLOPs, and the blocks that are kept.
 
-python examples/inspect_finetune.py my-sdxl
+    python examples/inspect_finetune.py my-sdxl
+
+`my-sdxl` is a pipeline folder, of which only configurations are read.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The command `koala`. Commands import what they need when they run, so that `koala --help` answers at once."""
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -254,7 +255,7 @@ def bench_train(
 @bench.command("infer")
 def bench_infer(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[U-NET]...", help="students, or sdxl, ssd-1b, vega; none: all five")
+        list[str] | None, typer.Argument(metavar="U-NET", help="students, or sdxl, ssd-1b, vega; none: all five")
     ] = None,
     size: Annotated[
         int | None, typer.Option(help="side of the image, px; left out: 1024 on a GPU, 256 on a CPU")
@@ -282,12 +283,19 @@ def main() -> None:
     except KoalaError as error:
         sys.exit(_complain(str(error)))
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if not _fills_the_disk(error):
             raise
         where = f" while writing {error.filename}" if error.filename else ""
         sys.exit(
             _complain(f"the disk is full{where}: free some space and run the same command again; finished work is kept")
         )
+
+
+def _fills_the_disk(error: OSError) -> bool:
+    # shutil.copytree goes on after an error and raises all of them in one, as text.
+    if isinstance(error, shutil.Error):
+        return any(f"[Errno {number}]" in str(error) for number in DISK_FULL)
+    return error.errno in DISK_FULL
 
 
 def _complain(line: str) -> int:

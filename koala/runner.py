@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -186,22 +187,34 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def move(folder: Path, to: Path) -> None:
-    """Put a folder in another's place, in one step, also from another file system; what was there is removed."""
+    """Put a folder in another's place, also from another file system; what was there is removed.
+
+    Until it is in place, `folder` is whole where it was: a call that is killed loses nothing, and can be repeated.
+    """
     to.parent.mkdir(parents=True, exist_ok=True)
     partial, old = to.with_name(f".{to.name}.partial"), to.with_name(f".{to.name}.old")
     for left in (partial, old):
         shutil.rmtree(left, ignore_errors=True)
+    source = folder if _renames(folder.parent, partial) else Path(shutil.copytree(folder, partial))
+    if to.exists():
+        os.replace(to, old)
+    os.replace(source, to)
+    for left in (old, folder):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _renames(folder: Path, to: Path) -> bool:
+    """Return whether a folder in `folder` can be renamed to `to`, which does not exist: not to another file system."""
+    probe = Path(tempfile.mkdtemp(dir=folder))
     try:
-        os.replace(folder, partial)
+        os.replace(probe, to)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        shutil.copytree(folder, partial)
-        shutil.rmtree(folder)
-    if to.exists():
-        os.replace(to, old)
-    os.replace(partial, to)
-    shutil.rmtree(old, ignore_errors=True)
+        probe.rmdir()
+        return False
+    to.rmdir()
+    return True
 
 
 @contextmanager

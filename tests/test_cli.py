@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,20 +46,30 @@ def test_outside_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "run koala in the project's folder" in one_line(koala("source"))
 
 
-def test_a_full_disk_is_said_in_one_line(workspace: Path) -> None:
-    """A real file system of a megabyte, as the artifacts' folder."""
-    Path("artifacts").mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "artifacts"], capture_output=True)
+@pytest.fixture
+def small_disk(workspace: Path) -> Iterator[Path]:
+    """artifacts/ on a real file system of 64 kB, nearly full."""
+    disk = Path("artifacts")
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
-    try:
-        Path("runs").symlink_to("artifacts")
-        Path("artifacts/full").write_bytes(b"0" * 60_000)
-        line = one_line(koala("source"))
-        assert "disk is full" in line
-        assert "finished work is kept" in line
-    finally:
-        subprocess.run(["umount", "artifacts"], check=True)
+    (disk / "full").write_bytes(b"0" * 60_000)
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("runs", ["on the full disk", "on another"])
+def test_a_full_disk_is_said_in_one_line(small_disk: Path, runs: str) -> None:
+    """Also where the artifact is copied to it, which Python reports in a way of its own."""
+    if runs == "on the full disk":
+        Path("runs").symlink_to(small_disk)
+    result = koala("source")
+    line = result.stderr.splitlines()[-1]  # before it, in the second case, the stage's own news
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert line.startswith("koala: the disk is full")
+    assert "finished work is kept" in line
 
 
 def test_sdxl_without_a_gpu_stops_at_once(workspace: Path) -> None:
@@ -69,7 +81,7 @@ def test_sdxl_without_a_gpu_stops_at_once(workspace: Path) -> None:
 
 
 def test_help_fits_a_terminal_and_groups_the_commands() -> None:
-    """Each command is said in a sentence that 80 columns do not cut."""
+    """Each command is said in one sentence, on one line of 80 columns."""
     shown = koala("--help", COLUMNS="80", TERM="dumb").stdout
     assert "..." not in shown.replace("[ARGS]...", "")
     assert "…" not in shown
@@ -77,7 +89,34 @@ def test_help_fits_a_terminal_and_groups_the_commands() -> None:
     assert stages < shown.index(" distill ") < tools < shown.index(" generate ")
     lines = [line for line in shown.splitlines() if line.startswith(("│", "|"))]
     names = {line.split()[1] for line in lines}
+    assert len(names) == len(lines) >= 16
+    assert all(line.rstrip("│| ").endswith(".") for line in lines)
     assert {"source", "reference", "publish", "inspect", "params", "bench"} <= names
+
+
+def test_help_of_every_command_is_whole() -> None:
+    """80 columns cut no sentence of any command's help, and a usage line says a name once."""
+    from typer.main import get_command
+    from typer.testing import CliRunner
+
+    from koala.cli import app
+
+    def commands(group: Any, *path: str) -> Iterator[tuple[str, ...]]:
+        yield path
+        for name, command in getattr(group, "commands", {}).items():
+            yield from commands(command, *path, name)
+
+    found = list(commands(get_command(app)))
+    assert len(found) >= 18
+    for path in found:
+        shown = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "80", "TERM": "dumb"}).stdout
+        usage, _, rest = shown.strip().partition("\n")
+        assert usage.startswith("Usage: "), path
+        assert "]...]..." not in usage, path
+        assert "…" not in shown, path
+        # A count that goes on is no cut sentence.
+        assert "..." not in rest.replace("1, 2, ... help", "").replace("COMMAND [ARGS]...", ""), path
+        assert max(map(len, shown.splitlines())) <= 80, path
 
 
 def test_params_are_checked_and_their_schema_is_shown(workspace: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from koala import params as parameters
+from koala.config import Config
 from koala.errors import KoalaError
 from koala.params import load
 
@@ -144,6 +145,91 @@ def test_what_is_wrong_is_named_in_one_line(edit, break_it: Edit, line: str) -> 
     assert "\n" not in str(error.value)
 
 
+FSDP2, TWO = "infra/accelerate/fsdp2.yaml", "infra/accelerate/cpu-two.yaml"
+
+
+@pytest.mark.parametrize(
+    ("machine", "recipe", "launch", "line"),
+    [
+        ({"launch": FSDP2, "channels_last": True}, {}, None, "set distill.channels_last to false (FSDP2 shards"),
+        ({"launch": FSDP2, "ema_offload": True}, {}, None, "set distill.ema_offload to false (the EMA is sharded"),
+        ({"launch": FSDP2}, {"optimizer": "adamw-8bit"}, None, "(FSDP2): set distill.optimizer to adamw"),
+        ({"launch": TWO}, {"batch_size": 7}, None, "distill.batch_size 7 does not divide among the 2 processes of"),
+        ({"launch": "own.yaml"}, {}, "mixed_precision: fp16", "own.yaml asks for fp16, whose range the losses leave"),
+        ({"launch": "own.yaml"}, {}, None, "distill.launch names own.yaml, which is not there: choose one of"),
+        ({"launch": "own.yaml"}, {}, "- a list", "own.yaml is no accelerate configuration: choose one of"),
+        ({"launch": "own.yaml"}, {}, "a: [", "own.yaml is no accelerate configuration: choose one of"),
+        ({}, {"teacher_float8": True}, None, "teacher_float8 gives bfloat16: set teacher_dtype to bfloat16"),
+    ],
+)
+def test_a_combination_that_cannot_work_is_refused_when_it_is_read(
+    edit, machine: dict[str, Any], recipe: dict[str, Any], launch: str | None, line: str
+) -> None:
+    if launch:
+        Path("own.yaml").write_text(launch)
+    load()
+
+    def change(document: dict[str, Any]) -> None:
+        document["machines"]["cpu"]["distill"] |= machine
+        document["profiles"]["smoke"]["distill"] |= recipe
+
+    edit(change)
+    with pytest.raises(KoalaError) as error:
+        load()
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_students_own_recipe_is_refused_where_it_cannot_work(edit) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["machines"]["cpu"]["distill"]["launch"] = TWO
+        document["students"]["koala-1b"]["distill"] = {"batch_size": 7}
+
+    edit(change)
+    with pytest.raises(KoalaError, match=r"distill.batch_size 7 does not divide among the 2 processes"):
+        load()
+
+
+def test_a_students_row_changes_that_student_and_no_other(workspace: Path, edit) -> None:
+    before = load()
+    edit(lambda document: document["students"]["koala-1b"].update(distill={"features": "bk-sdm", "steps": 9}))
+    after = load()
+    assert after.distill("koala-700m") == before.distill("koala-700m")
+    assert after.distill("koala-1b") == before.distill("koala-1b").model_copy(update={"features": "bk-sdm", "steps": 9})
+    for stage in ("source", "download", "filter", "teacher", "encode", "reference"):
+        assert after.config(stage) == before.config(stage), stage
+    for stage in ("student", "evaluate", "publish"):
+        for student in before.students:
+            assert after.config(stage, student) == before.config(stage, student), stage
+
+
+def test_a_student_of_an_earlier_release_is_another_student(workspace: Path, edit) -> None:
+    edit(lambda document: document["students"]["koala-1b"].update(student={"init_from": "releases/koala-1b"}))
+    params = load()
+    assert params.student("koala-1b").init_from == "releases/koala-1b"
+    assert params.student("koala-700m").init_from is None
+
+
+@pytest.mark.parametrize("stage", ["download", "filter", "encode", "distill", "evaluate"])
+def test_a_machines_settings_stand_with_the_machine_only(edit, stage: str) -> None:
+    edit(lambda document: document["profiles"]["smoke"][stage].update(machine={}))
+    with pytest.raises(KoalaError, match=rf"smoke\.{stage}\.machine: it stands under machines\.NAME: move it there"):
+        load()
+
+
+@pytest.mark.parametrize("stage", ["distill", "evaluate", "publish"])
+def test_sampling_stands_with_the_profile_only(edit, stage: str) -> None:
+    edit(lambda document: document["profiles"]["smoke"][stage].update(sampling={}))
+    with pytest.raises(KoalaError, match=rf"smoke\.{stage}\.sampling: it stands under profiles\.smoke\.sampling"):
+        load()
+
+
+def test_a_machine_that_the_environment_names_must_be_there(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KOALA_MACHINE", "laptop")
+    with pytest.raises(KoalaError, match="names the machine 'laptop': choose one of 8xgpu-24gb,"):
+        load()
+
+
 def test_yaml_that_is_none_is_said_with_its_place(workspace: Path) -> None:
     Path("params.yaml").write_text("profile: demo\nprofiles: {demo: [}\n")
     with pytest.raises(KoalaError, match=r"params.yaml is not YAML at line 2, column 19"):
@@ -167,7 +253,7 @@ def test_few_step_students_have_no_task_term() -> None:
 
 def test_the_schema_in_the_tree_is_current() -> None:
     """Make it anew with: koala params --schema > params.schema.json."""
-    assert json.loads((ROOT / "params.schema.json").read_text()) == parameters.schema()
+    assert (ROOT / "params.schema.json").read_text() == json.dumps(parameters.schema(), indent=2) + "\n"
     assert (ROOT / "params.yaml").read_text().startswith("# yaml-language-server: $schema=params.schema.json\n")
 
 
@@ -197,6 +283,25 @@ def test_every_parameter_is_explained() -> None:
     kinds = ("rules", "metrics", "targets")
     silent = [path for path, field in found if not explained(field)]
     assert [p for p in silent if p.split(".")[-1] != "kind" and p.split(".")[-2] not in kinds] == []
+
+
+def kinds_of(config: type[Config]) -> Iterator[type[Config]]:
+    for kind in config.__subclasses__():
+        yield kind
+        yield from kinds_of(kind)
+
+
+def test_every_field_of_every_configuration_is_explained_below_it() -> None:
+    """`kind` aside, which says its own name. A type of the tests' own is none of koala's."""
+    configs = {config for config in kinds_of(Config) if config.__module__.startswith("koala.")}
+    assert len(configs) > 30
+    silent = [
+        f"{config.__module__}.{config.__name__}.{name}"
+        for config in configs
+        for name, field in config.model_fields.items()
+        if name != "kind" and not field.description
+    ]
+    assert silent == []
 
 
 def test_params_yaml_fits_its_schema() -> None:

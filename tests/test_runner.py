@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -130,6 +130,55 @@ def test_state_stays_behind_and_comes_back_also_after_a_kill_between_the_moves(
     assert not (TABLE / STATE).exists()
 
 
+def test_a_kill_at_any_point_of_the_move_loses_nothing(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next run finds all that was made, or it is in place."""
+    make("source", "the artifact before")
+    replace, remove = os.replace, shutil.rmtree
+    points = 0
+
+    def dies_at(point: int) -> bool:
+        """Run the stage, and kill it before that step of the move; whether there was such a step."""
+        steps = iter(range(100))
+
+        def counted(function: Callable[..., None]) -> Callable[..., None]:
+            def step(*arguments: object, **options: object) -> None:
+                if next(steps) == point:
+                    raise KeyboardInterrupt
+                function(*arguments, **options)
+
+            return step
+
+        def move(folder: Path, to: Path) -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "replace", counted(replace))
+                patch.setattr(shutil, "rmtree", counted(remove))
+                real(folder, to)
+
+        with monkeypatch.context() as patch:
+            real = runner.move
+            patch.setattr(runner, "move", move)
+            try:
+                make("source", f"made before step {point}")
+            except KeyboardInterrupt:
+                return True
+        return False
+
+    found = []
+
+    def looks(config: Config, out: Path, run: object) -> None:
+        found.append((out / "made").read_text() if (out / "made").exists() else None)
+        (out / "made").write_text("again")
+
+    while dies_at(points):
+        in_place = (TABLE / "made").read_text() if TABLE.exists() else None
+        runner.prepare("source").run(looks)
+        assert f"made before step {points}" in (in_place, found[-1])
+        assert (TABLE / "made").read_text() == "again"
+        assert [path.name for path in TABLE.parent.iterdir()] == ["table"]
+        points += 1
+    assert points >= 5
+
+
 def test_an_artifact_replaces_the_one_before_and_does_not_mix_with_it(workspace: Path) -> None:
     teacher = Path("artifacts/smoke/teacher")
     teacher.mkdir(parents=True)
@@ -182,11 +231,12 @@ def test_another_machine_or_another_interval_resumes_the_same_work(workspace: Pa
     assert work() != here
 
 
-def test_the_second_run_in_a_work_folder_is_refused(workspace: Path) -> None:
+def test_the_second_run_in_a_work_folder_is_refused_and_a_killed_one_is_resumed(workspace: Path) -> None:
     code = """
 import time
 from koala import runner
 def waits(config, out, run):
+    (out / "half").write_text("finished work")
     print("ready", flush=True)
     time.sleep(60)
 runner.prepare("source").run(waits)
@@ -195,12 +245,16 @@ runner.prepare("source").run(waits)
     try:
         assert first.stdout
         assert first.stdout.readline() == "ready\n"
-        with pytest.raises(KoalaError, match="is in use by another run of this stage: wait for it, or stop it"):
+        with pytest.raises(
+            KoalaError, match="is in use by another run of this stage: wait for it, or stop it"
+        ) as error:
             make("source")
+        assert "\n" not in str(error.value)
     finally:
         first.kill()
         first.wait()
     assert make("source") == TABLE  # the lock goes with its process
+    assert {path.name for path in TABLE.iterdir()} == {"half", "made", "provenance.json"}
 
 
 def test_unfinished_work_of_another_recipe_is_named(workspace: Path, change_params, capsys) -> None:
@@ -223,19 +277,48 @@ def test_finished_work_that_keeps_its_state_is_not_named(workspace: Path, change
     assert "will not be resumed" not in capsys.readouterr().err
 
 
-def test_a_folder_moves_across_file_systems(tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", other], capture_output=True).returncode:
+@pytest.fixture
+def other_disk(workspace: Path) -> Iterator[Path]:
+    """artifacts/ on a file system of its own."""
+    disk = Path("artifacts")
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("mounting a file system needs root")
-    try:
-        for text in ("one", "two"):
-            folder = tmp_path / "folder"
-            (folder / "sub").mkdir(parents=True)
-            (folder / "sub/file").write_text(text)
-            runner.move(folder, other / "deep/there")
-            assert not folder.exists()
-            assert (other / "deep/there/sub/file").read_text() == text
-        assert [path.name for path in (other / "deep").iterdir()] == ["there"]
-    finally:
-        subprocess.run(["umount", other], check=True)
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_an_artifact_moves_across_file_systems(other_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stage(config: Config, out: Path, run: object) -> None:
+        (out / "sub").mkdir(exist_ok=True)
+        with (out / "sub/calls").open("a") as calls:
+            calls.write("x")
+
+    job = runner.prepare("source")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):  # killed while it copies
+            job.run(stage)
+    assert not TABLE.exists()
+    for calls in ("xx", "x"):
+        runner.prepare("source").run(stage)
+        assert (TABLE / "sub/calls").read_text() == calls
+        assert provenance.read(TABLE)["stage"] == "source"
+        assert [path.name for path in TABLE.parent.iterdir()] == ["table"]
+        assert [path.name for path in Path("runs/source").iterdir()] == ["provenance.json"]
+
+
+def test_a_copy_that_does_not_fit_leaves_the_artifact_before(other_disk: Path) -> None:
+    make("source", "before")
+    free = shutil.disk_usage(other_disk).free
+    subprocess.run(["mount", "-o", "remount,size=64k", other_disk], check=True)
+
+    def large(config: Config, out: Path, run: object) -> None:
+        (out / "made").write_bytes(b"0" * 200_000)
+
+    with pytest.raises((OSError, shutil.Error), match="No space left"):
+        runner.prepare("source").run(large)
+    assert (TABLE / "made").read_text() == "before"
+    subprocess.run(["mount", "-o", f"remount,size={free}", other_disk], check=True)
+    runner.prepare("source").run(large)
+    assert (TABLE / "made").stat().st_size == 200_000

@@ -18,7 +18,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 
 from koala.console import say
-from koala.errors import KoalaError
+from koala.errors import DISK_FULL, KoalaError
 from koala.run import Run
 from koala.unet.blocks import MID, Stage, StudentRule, keep
 from koala.unet.config import StudentConfig
@@ -131,7 +131,8 @@ def read_stages(student: Path) -> tuple[Stage, ...]:
 
 def _start_from(built: UNet2DConditionModel, release: str) -> None:
     """Give the student the weights of an earlier release, in place of the teacher's."""
-    weights = _load_unet(_release_unet(release)).state_dict()
+    remedy = f"student.init_from {release} must be a release of koala, with its U-Net in safetensors"
+    weights = _load_unet(_release_unet(release), remedy).state_dict()
     wanted = {name: tensor.shape for name, tensor in built.state_dict().items()}
     if wanted != {name: tensor.shape for name, tensor in weights.items()}:
         raise KoalaError(f"student.init_from {release}: its U-Net has another shape than the rule gives: use its rule")
@@ -154,15 +155,17 @@ def _release_unet(release: str) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted), "unet")
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
         raise KoalaError(
-            f"cannot fetch student.init_from {release} ({type(error).__name__}): check the network"
+            f"cannot fetch student.init_from {release} ({type(error).__name__}): check its name and the network"
         ) from None
 
 
-def _load_unet(folder: Path) -> UNet2DConditionModel:
+def _load_unet(folder: Path, remedy: str = "make the teacher again (`koala teacher`)") -> UNet2DConditionModel:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise KoalaError(f"{folder} holds no .safetensors: make the teacher again (`koala teacher`)")
+        raise KoalaError(f"{folder} holds no .safetensors: {remedy}")
     try:
         # diffusers turns half-precision weights into float32 unless told their dtype.
         with safe_open(weights[0], "pt") as tensors:
@@ -172,10 +175,11 @@ def _load_unet(folder: Path) -> UNet2DConditionModel:
         )
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise KoalaError(f"{folder} cannot be loaded: make the teacher again (`koala teacher`): {reason}") from None
+        raise KoalaError(f"{folder} cannot be loaded: {remedy}: {reason}") from None
     if found["missing_keys"]:
         # diffusers would continue with random numbers in their place.
-        raise KoalaError(f"{folder} lacks {len(found['missing_keys'])} tensors, such as {min(found['missing_keys'])}")
+        lacking = f"{len(found['missing_keys'])} tensors, such as {min(found['missing_keys'])}"
+        raise KoalaError(f"{folder} lacks {lacking}: {remedy}")
     return unet
 
 

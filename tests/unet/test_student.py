@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -226,22 +227,120 @@ def test_a_teacher_that_cannot_be_used_is_one_line(folders, lacking, complaint, 
     assert "\n" not in str(refusal.value)
 
 
-def test_a_student_starts_from_an_earlier_release(folders, recorder, tmp_path):
+@pytest.fixture
+def release(folders, recorder, tmp_path):
+    """A release of koala-700m, and its weights, which are none of the teacher's."""
     folders.build("koala-700m", recorder)
-    release = tmp_path / "release"
-    folders.out.rename(release)
-    file = release / "unet" / "diffusion_pytorch_model.safetensors"
+    folder = folders.out.rename(tmp_path / "release")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = {name: tensor + 1 for name, tensor in load_file(file).items()}
     save_file(tensors, file)
-    folders.build("koala-700m", recorder, init_from=str(release))
+    return folder, tensors
+
+
+def test_a_student_starts_from_an_earlier_release(folders, recorder, release, teacher):
+    folder, tensors = release
+    folders.build("koala-700m", recorder, init_from=str(folder))
     stored = load_file(folders.out / "unet" / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(stored[name], tensors[name]) for name in tensors)
+    assert stored.keys() == tensors.keys()
+    of_teacher = teacher.state_dict()
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, tensors[name]), name
+        assert name not in of_teacher or not torch.equal(tensor, of_teacher[name]), name
     assert json.loads((folders.out / "weight_map.json").read_text()) == {}
-    with pytest.raises(KoalaError, match="its U-Net has another shape than the rule gives"):
-        folders.build("koala-1b", recorder, init_from=str(release))
+    assert read_stages(folders.out) == keep(teacher.config, folders.rules["koala-700m"])
 
 
-@pytest.mark.parametrize("release", ["no/such/folder", "us/koala-700m", "us/koala-700m@main"])
-def test_a_release_that_is_not_there_is_one_line(folders, recorder, release):
+def test_a_release_of_another_shape_is_one_line(folders, recorder, release):
+    with pytest.raises(KoalaError, match="its U-Net has another shape than the rule gives: use its rule") as refusal:
+        folders.build("koala-1b", recorder, init_from=str(release[0]))
+    assert "\n" not in str(refusal.value)
+    assert not list(folders.out.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["no weights", "a tensor short", "cut off"])
+def test_a_release_that_cannot_be_used_is_named_and_not_the_teacher(folders, recorder, release, fault):
+    folder, tensors = release
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    if fault == "a tensor short":
+        save_file({name: tensor for name, tensor in tensors.items() if name != "conv_out.bias"}, file)
+    elif fault == "cut off":
+        file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(KoalaError, match=f"student.init_from {folder} must be a release of koala") as refusal:
+        folders.build("koala-700m", recorder, init_from=str(folder))
+    assert "teacher" not in str(refusal.value).replace(str(folder), "")
+    assert "\n" not in str(refusal.value)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def on_hub(release, as_hub, tmp_path, monkeypatch):
+    """The release on a Hub on loopback, as us/koala-700m; gives the paths that it is asked for."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder, _ = release
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = self.path.partition("?")[0]
+            asked.append(path)
+            if path == f"/api/models/us/koala-700m/tree/{COMMIT}":
+                files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+                listed = [
+                    {
+                        "type": "file",
+                        "path": str(file.relative_to(folder)),
+                        "size": file.stat().st_size,
+                        "oid": "0" * 40,
+                    }
+                    for file in files
+                ]
+                return self.answer(200, json.dumps(listed).encode())
+            file = folder / path.removeprefix(f"/us/koala-700m/resolve/{COMMIT}/")
+            return self.answer(200, file.read_bytes()) if file.is_file() else self.answer(404)
+
+        def do_HEAD(self):
+            self.do_GET()
+
+        def answer(self, code, content=b""):
+            self.send_response(code)
+            self.send_header("ETag", f'"{abs(hash(self.path))}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("Content-Length", str(len(content)))
+            if code == 404:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    as_hub(Hub)
+    return asked
+
+
+def test_a_student_starts_from_a_release_on_the_hub(folders, recorder, release, on_hub):
+    folders.build("koala-700m", recorder, init_from=f"us/koala-700m@{COMMIT}")
+    stored = load_file(folders.out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in release[1].items())
+    fetched = {path.partition("/resolve/")[2] for path in on_hub if "/resolve/" in path}
+    assert fetched == {f"{COMMIT}/unet/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors")}
+
+
+def test_a_release_that_the_hub_does_not_have_is_one_line(folders, recorder, on_hub):
+    with pytest.raises(KoalaError, match=r"cannot fetch student.init_from us/nobodys@0.*: check its name") as refusal:
+        folders.build("koala-700m", recorder, init_from=f"us/nobodys@{COMMIT}")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("place", ["no/such/folder", "us/koala-700m", "us/koala-700m@main"])
+def test_a_release_that_is_not_there_is_one_line(folders, recorder, place):
     with pytest.raises(KoalaError, match=r"there is no such folder, nor is it owner/name@COMMIT of the Hub"):
-        folders.build("koala-700m", recorder, init_from=release)
+        folders.build("koala-700m", recorder, init_from=place)
