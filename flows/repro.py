@@ -1,5 +1,6 @@
 """One stage, run by DVC in a separate process: its lines as they come, and how it ended."""
 
+import json
 import os
 import re
 import signal
@@ -50,6 +51,7 @@ def reproduce(stage: str, flow_run: str, parent_run: str, show: Callable[[str], 
     (SIGTERM that became an exception, Ctrl-C) ends the stage and all its descendants first. SIGKILL of this process
     ends them too.
     """
+    _drop_torn_locks()
     # Without --wait-for-lock, two flow runs in one worktree fail; without --single-item, each walks upstream again.
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
     # No separate session: a signal to the worker's process group must reach it.
@@ -77,6 +79,21 @@ def reproduce(stage: str, flow_run: str, parent_run: str, show: Callable[[str], 
                 end(FLOW_RUN, flow_run, GRACE_SECONDS)
             raise
     return Outcome(status) if status == 0 else _failure(status, lines)
+
+
+def _drop_torn_locks() -> None:
+    """Remove DVC's list of locked paths where a process was killed while it wrote it: DVC would refuse all work."""
+    from dvc.lock import make_lock
+
+    folder = Path(".dvc", "tmp")
+    locks = folder / "rwlock"
+    if not locks.is_file():
+        return
+    with make_lock(str(folder / "rwlock.lock"), tmp_dir=str(folder), wait=True):  # nobody is writing it now
+        try:
+            json.loads(locks.read_bytes())
+        except ValueError:
+            locks.unlink(missing_ok=True)
 
 
 def clean_up(flow_run: str) -> None:

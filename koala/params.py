@@ -108,6 +108,9 @@ class Profile(Config):
 class Machine(Config):
     """How it is computed: settings of speed and memory that change nothing of what is made."""
 
+    threads: int | None = Field(default=None, ge=1)
+    """OpenMP threads of a process, unless OMP_NUM_THREADS says otherwise; left out: one for each core. Threads wait for each
+    other by spinning: with small models, one thread more than there are idle cores makes all of them several times slower."""
     download: DownloadMachine = DownloadMachine()
     """Of `koala download`."""
     filter: FilterMachine = FilterMachine()
@@ -164,6 +167,11 @@ class Params:
     recipe: Profile
     _machine: Machine
     _distill: Mapping[str, DistillConfig]
+
+    @property
+    def threads(self) -> int | None:
+        """OpenMP threads of a process on this machine."""
+        return self._machine.threads
 
     def student(self, name: str) -> StudentConfig:
         """Return the student called `name`. Raises KoalaError with the names that there are."""

@@ -161,6 +161,8 @@ def prepare(stage: str, student: str | None = None) -> Job:
     that lacks what the profile needs.
     """
     params = parameters.load()
+    if params.threads:
+        os.environ.setdefault("OMP_NUM_THREADS", str(params.threads))  # read once, when torch is imported
     if student is not None:
         params.student(student)
     declared = _declared(stage)

@@ -1,14 +1,10 @@
 """Recipes of a few steps, jobs of them, and one run that was never interrupted, which many tests compare with."""
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for `ranks`, which forked processes import by name
-
 from ranks import Training
 
 from koala.distill.config import DistillConfig, DistillMachine

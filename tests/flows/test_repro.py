@@ -1,5 +1,7 @@
 """One stage as a process: its lines, how it ended, and that nothing of it stays."""
 
+import json
+import os
 import subprocess
 import sys
 import time
@@ -135,3 +137,17 @@ def test_a_stage_does_not_outlive_its_killed_starter(
     assert lingering.saved
     psutil.wait_procs(family, timeout=10)
     assert [process for process in family if process.is_running()] == []
+
+
+def test_a_list_of_locks_that_a_kill_tore_is_dropped(project: Path) -> None:
+    torn = project / ".dvc/tmp/rwlock"
+    torn.write_text("")
+    outcome, _ = run("heat")
+    assert outcome == Outcome(0)
+
+
+def test_a_whole_list_of_locks_stays(project: Path) -> None:
+    here = {"pid": os.getpid(), "cmd": "dvc repro"}
+    (project / ".dvc/tmp/rwlock").write_text(json.dumps({"write": {f"{project}/artifacts/demo/heat": here}}))
+    outcome, _ = run("heat")
+    assert "is busy" in outcome.complaint

@@ -6,11 +6,12 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from preloaded import preloaded
 
 ROOT = Path(__file__).parents[2]
 STUDENTS = ("koala-700m", "koala-1b")
@@ -33,9 +34,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / ".dvc").mkdir()
     shutil.copy(ROOT / ".dvc" / "config", folder / ".dvc" / "config")
     params = folder / "params.yaml"
-    # A port that the system gives, and two micro-batches a step.
+    # A port that the system gives; one training process, which starts sooner than two; two micro-batches a step.
     values = params.read_text().replace("profile: demo", "profile: smoke", 1).replace("8765", str(free_port()))
-    values = values.replace("micro_batch: 32\n", "micro_batch: 4\n      log_every: 2\n", 1).replace(
+    values = values.replace("accelerate/cpu-two.yaml", "accelerate/cpu.yaml", 1)
+    values = values.replace("micro_batch: 16\n", "micro_batch: 4\n      log_every: 2\n", 1).replace(
         "checkpoint_every: 100\n      validate_every: 250", "checkpoint_every: 2\n      validate_every: 3", 1
     )
     params.write_text(values)
@@ -44,10 +46,17 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(project: Path) -> Run:
+def koala(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the command `koala`, which starts at once: fourteen stages would import torch for two minutes."""
+    with preloaded(tmp_path_factory.mktemp("commands")) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def run(project: Path, koala: Path) -> Run:
     """Run a command of the environment's in the project; gives what it printed. It must end well."""
-    commands = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "2"}
+    commands = os.pathsep.join([str(koala), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": commands, "OMP_NUM_THREADS": "1"}
     for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
         environment.pop(name, None)
 
