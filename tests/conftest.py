@@ -105,6 +105,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path
     document = yaml.safe_load((ROOT / "params.yaml").read_text())
     document["profile"] = "smoke"
     document["machines"]["cpu"]["distill"] |= {
+        "launch": "infra/accelerate/cpu.yaml",  # one process starts sooner; two are tested where they matter
         "micro_batch": 4,
         "checkpoint_every": 2,
         "log_every": 2,
@@ -117,6 +118,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
 
 

@@ -64,6 +64,17 @@ def test_a_missing_input_is_one_line_before_torch_is_imported(workspace: Path) -
         assert done.stdout.strip() == "False"
 
 
+def test_a_machines_threads_reach_openmp_unless_the_user_says_otherwise(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    runner.prepare("source")
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    runner.prepare("source")
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
 def test_a_students_missing_input_names_the_students_command(workspace: Path) -> None:
     for noun in ("latents", "teacher"):
         Path("artifacts/smoke", noun).mkdir(parents=True)

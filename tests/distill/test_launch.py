@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
-from ranks import alike, free_port, losses
+from ranks import Training, alike, free_port, losses
 
 from koala import runner
 from koala.distill.distill import distill
@@ -123,13 +123,12 @@ def test_the_launch_file_alone_sets_the_number_of_processes(
     monkeypatch.chdir(ROOT)
     job = make_job(machine={"launch": f"infra/accelerate/{launch}.yaml"}, schedule="constant", warmup=20)
     one = make_job("one", schedule="constant", warmup=20)
-    distill(one.config, one.latents, one.teacher, one.student, tmp_path / "whole", recorder)
+    Training(one).wait()
     distill(job.config, job.latents, job.teacher, job.student, tmp_path / "out", recorder)
     assert "distill: 2 processes on cpu" in capfd.readouterr().err
-    compared = [tmp_path / name for name in ("out", "whole")]
-    for folder in compared:  # of a constant rate the state is kept, with its losses
-        shutil.copytree(folder / "unet", folder / STATE / "unet")
-    alike(compared[0] / STATE, compared[1] / STATE)
+    state = tmp_path / "out" / STATE  # of a constant rate it is kept, with its losses
+    shutil.copytree(tmp_path / "out" / "unet", state / "unet")
+    alike(state, one.state)
 
 
 @pytest.mark.timeout(300)
