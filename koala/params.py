@@ -41,6 +41,7 @@ from koala.evaluate.metrics.psnr import Psnr
 from koala.evaluate.prompts import FilePrompts
 from koala.publish.config import PublishConfig
 from koala.publish.targets.folder import FolderTarget
+from koala.publish.targets.s3 import S3Target
 from koala.teacher.config import FileTeacher, FolderTeacher, HubTeacher, TinyTeacher
 from koala.unet.blocks import StudentRule, keep
 from koala.unet.config import StudentConfig
@@ -60,7 +61,7 @@ Teacher = Annotated[HubTeacher | FolderTeacher | FileTeacher | _TinyTeacher, Fie
 Rule = Annotated[Words | Size | Aspect | Ascii | Blocklist | Scores, Field(discriminator="kind")]
 Prompts = Annotated[FilePrompts | ShapesPrompts, Field(discriminator="kind")]
 Metric = Annotated[Attributes | ClipScore | Psnr, Field(discriminator="kind")]
-Target = FolderTarget
+Target = Annotated[FolderTarget | S3Target, Field(discriminator="kind")]
 
 
 class _Filter(FilterConfig):

@@ -10,10 +10,10 @@ from koala.errors import KoalaError
 from koala.publish import card
 from koala.publish.config import PublishConfig
 from koala.publish.gate import shortfalls
+from koala.publish.versions import RECEIPT
 from koala.run import STATE, Run
 
 TRAINING = "training.json"
-RECEIPT = "receipt.json"
 
 
 def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path, run: Run) -> None:

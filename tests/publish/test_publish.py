@@ -148,20 +148,16 @@ def test_a_student_below_the_threshold_is_not_released(folders, tmp_path, record
     assert recorder.tagged["released"] == "no"
 
 
-def test_a_folder_target_holds_the_release_and_replaces_an_earlier_one(folders, tmp_path) -> None:
-    target = FolderTarget(path=tmp_path / "shared")
-    config = CONFIG.model_copy(update={"targets": (target,)})
-    place = tmp_path / "shared" / "koala-700m"
-    for left in (place, tmp_path / "shared" / ".koala-700m.copy", tmp_path / "shared" / ".koala-700m.old"):
-        left.mkdir(parents=True)
-        (left / "old.txt").touch()
-    for _ in range(2):  # sent a second time: the same
+def test_the_receipt_says_where_the_release_went(folders, tmp_path) -> None:
+    config = CONFIG.model_copy(update={"targets": (FolderTarget(path=tmp_path / "shared"),)})
+    version = tmp_path / "shared" / "koala-700m" / "v1"
+    for _ in range(2):  # published a second time: the same
         publish(config, **folders, out=tmp_path / "release", run=NoRun())
-        assert [path.name for path in (tmp_path / "shared").iterdir()] == ["koala-700m"]
-        sent = {path.relative_to(place).as_posix() for path in place.rglob("*")}
-        assert sent == {path.relative_to(tmp_path / "release").as_posix() for path in (tmp_path / "release").rglob("*")}
-    receipt = json.loads((tmp_path / "release" / "receipt.json").read_text())
-    assert receipt["targets"] == [{"kind": "folder", "path": str(place)}]
+        receipt = json.loads((tmp_path / "release" / "receipt.json").read_text())
+        assert receipt["targets"] == [{"kind": "folder", "version": "v1", "path": str(version)}]
+    sent = {path.relative_to(version).as_posix() for path in version.rglob("*")}
+    made = {path.relative_to(tmp_path / "release").as_posix() for path in (tmp_path / "release").rglob("*")}
+    assert sent == made - {"receipt.json"} | {"manifest.json"}
     assert config.recipe()["targets"] == [{"kind": "folder", "path": str(tmp_path / "shared")}]
 
 

@@ -1,0 +1,304 @@
+"""Targets: versions that never change, publishers that meet, and uploads that break, on a real file system and S3 server."""
+
+import http.client
+import json
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import boto3
+import pytest
+from pydantic import ValidationError
+
+from koala.errors import KoalaError
+from koala.publish.targets import s3 as module
+from koala.publish.targets.folder import FolderTarget
+from koala.publish.targets.s3 import S3Target
+from koala.publish.versions import RECEIPT, Manifest
+
+PART = 5 * 2**20  # the least that S3 takes
+LARGE = bytes(range(256)) * (2 * PART // 256) + b"the end"  # three parts
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    folder = tmp_path / "release"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "weights.safetensors").write_bytes(LARGE)
+    (folder / "README.md").write_text("a card")
+    (folder / RECEIPT).write_text("{}")
+    (folder / "state").mkdir()
+    (folder / "state" / "unfinished").touch()
+    return folder
+
+
+SENT = {"README.md", "unet/weights.safetensors", "manifest.json"}
+
+
+class Proxy(ThreadingHTTPServer):
+    """Stands before the S3 server and does to a request what `fault` says: 'drop', 'spoil', a status, or None to pass it on."""
+
+    daemon_threads = True
+
+    def __init__(self, behind: tuple[str, int]) -> None:
+        super().__init__(("127.0.0.1", 0), _Forward)
+        self.behind = behind
+        self.fault: Callable[[str, str], str | int | None] = lambda method, path: None
+        self.seen: list[str] = []
+
+
+class _Forward(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def _do(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.seen.append(f"{self.command} {self.path}")
+        fault = self.server.fault(self.command, self.path)
+        if fault == "drop":
+            self.close_connection = True
+            self.connection.close()
+            return
+        if fault == "spoil":
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        if isinstance(fault, int):
+            self._answer(fault, {}, b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>")
+            return
+        behind = http.client.HTTPConnection(*self.server.behind)
+        behind.request(self.command, self.path, body, dict(self.headers))
+        answer = behind.getresponse()
+        self._answer(answer.status, dict(answer.getheaders()), answer.read())
+        behind.close()
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _do  # noqa: N815
+
+    def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response_only(status)
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                self.send_header(name, value)
+        length = headers.get("Content-Length", str(len(body))) if self.command == "HEAD" else str(len(body))
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    proxy = Proxy(server.get_host_and_port())
+    thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(module, "PART_BYTES", PART)
+    urllib.request.urlopen(f"http://127.0.0.1:{proxy.server_port}/moto-api/reset", b"").close()
+    boto3.client("s3").create_bucket(Bucket="models")
+    yield proxy
+    proxy.shutdown()
+    thread.join()
+    proxy.server_close()
+    server.stop()
+
+
+@pytest.fixture
+def bucket(proxy: Proxy) -> S3Target:
+    return S3Target(location="s3://models/releases/")
+
+
+def keys() -> set[str]:
+    return {entry["Key"] for entry in boto3.client("s3").list_objects_v2(Bucket="models").get("Contents", ())}
+
+
+def read(key: str) -> bytes:
+    return boto3.client("s3").get_object(Bucket="models", Key=f"releases/koala/{key}")["Body"].read()
+
+
+def unfinished() -> list[str]:
+    return [each["Key"] for each in boto3.client("s3").list_multipart_uploads(Bucket="models").get("Uploads", ())]
+
+
+def test_a_folder_holds_versions_and_names_the_latest(release: Path, tmp_path: Path) -> None:
+    target = FolderTarget(path=tmp_path / "shared")
+    place = tmp_path / "shared" / "koala"
+    for _ in range(2):  # the same release is the same version
+        assert target.send(release, "koala") == {"version": "v1", "path": str(place / "v1")}
+    assert {path.relative_to(place / "v1").as_posix() for path in (place / "v1").rglob("*") if path.is_file()} == SENT
+    before = (place / "v1" / "manifest.json").read_bytes()
+
+    (release / "README.md").write_text("another card")
+    assert target.send(release, "koala")["version"] == "v2"
+    assert (place / "v1" / "README.md").read_text() == "a card"
+    assert (place / "v1" / "manifest.json").read_bytes() == before
+    assert json.loads((place / "latest.json").read_text()) == {
+        "version": "v2",
+        "manifest_sha256": Manifest.of(place / "v2").sha256,
+    }
+
+    (release / "README.md").write_text("a card")
+    assert target.send(release, "koala")["version"] == "v1"
+    assert json.loads((place / "latest.json").read_text())["version"] == "v1"
+    assert {path.name for path in place.iterdir()} == {"v1", "v2", "latest.json", ".lock"}
+
+
+def test_what_a_killed_publisher_left_in_a_folder_is_not_released(release: Path, tmp_path: Path) -> None:
+    left = tmp_path / "shared" / "koala" / ".partial"
+    left.mkdir(parents=True)
+    (left / "half.safetensors").touch()
+    assert FolderTarget(path=tmp_path / "shared").send(release, "koala")["version"] == "v1"
+    assert not left.exists()
+    assert not (left.with_name("v1") / "half.safetensors").exists()
+
+
+def test_publishers_that_meet_in_a_folder_take_versions_of_their_own(release: Path, tmp_path: Path) -> None:
+    releases = []
+    for number in range(4):
+        copy = tmp_path / f"release-{number}"
+        copy.mkdir()
+        (copy / "README.md").write_text(str(number))
+        releases.append(copy)
+    found: list[str] = []
+    target = FolderTarget(path=tmp_path / "shared")
+    threads = [
+        threading.Thread(target=lambda one=one: found.append(target.send(one, "koala")["version"])) for one in releases
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == ["v1", "v2", "v3", "v4"]
+
+
+def test_a_link_in_a_release_is_refused(release: Path, tmp_path: Path) -> None:
+    (release / "secret").symlink_to("/etc/hostname")
+    with pytest.raises(KoalaError, match="secret is a link: put the file itself"):
+        FolderTarget(path=tmp_path / "shared").send(release, "koala")
+
+
+def test_s3_holds_versions_and_names_the_latest(release: Path, bucket: S3Target, proxy: Proxy) -> None:
+    assert bucket.send(release, "koala") == {"version": "v1", "location": "s3://models/releases/koala/v1"}
+    assert keys() == {f"releases/koala/v1/{name}" for name in SENT} | {"releases/koala/latest.json"}
+    assert read("v1/unet/weights.safetensors") == LARGE
+    assert json.loads(read("latest.json"))["version"] == "v1"
+    assert unfinished() == []
+
+    proxy.seen.clear()
+    assert bucket.send(release, "koala")["version"] == "v1"  # the same again: nothing is written
+    assert not [request for request in proxy.seen if request.startswith(("PUT", "POST", "DELETE"))]
+
+    (release / "README.md").write_text("another card")
+    assert bucket.send(release, "koala")["version"] == "v2"
+    assert json.loads(read("latest.json"))["version"] == "v2"
+    assert read("v1/README.md") == b"a card"
+
+
+@pytest.mark.parametrize("fault", ["drop", 503])
+def test_a_broken_upload_leaves_no_release_and_resumes(
+    release: Path, bucket: S3Target, proxy: Proxy, fault: str | int
+) -> None:
+    proxy.fault = lambda method, path: fault if "partNumber=3" in path else None
+    with pytest.raises(KoalaError, match="publish again, it resumes") as caught:
+        bucket.send(release, "koala")
+    assert "a-secret" not in str(caught.value)
+    assert "releases/koala/latest.json" not in keys()
+    assert unfinished() == ["releases/koala/v1/unet/weights.safetensors"]
+
+    proxy.fault = lambda method, path: None
+    proxy.seen.clear()
+    assert bucket.send(release, "koala")["version"] == "v1"
+    parts = [request for request in proxy.seen if "partNumber=" in request]
+    assert len(parts) == 1
+    assert "partNumber=3" in parts[0]
+    assert read("v1/unet/weights.safetensors") == LARGE
+    assert unfinished() == []
+
+
+def test_a_part_that_was_spoilt_on_the_way_is_not_released(release: Path, bucket: S3Target, proxy: Proxy) -> None:
+    proxy.fault = lambda method, path: "spoil" if "partNumber=2" in path else None
+    with pytest.raises(KoalaError, match=r"weights.safetensors arrived with another checksum: publish again"):
+        bucket.send(release, "koala")
+    assert not {"releases/koala/latest.json", "releases/koala/v1/unet/weights.safetensors"} & keys()
+    proxy.fault = lambda method, path: None
+    bucket.send(release, "koala")
+    assert read("v1/unet/weights.safetensors") == LARGE
+
+
+def test_what_the_broken_upload_sent_of_other_bytes_is_sent_again(
+    release: Path, bucket: S3Target, proxy: Proxy
+) -> None:
+    bucket.send(release, "koala")
+    other = b"x" * len(LARGE)
+    boto3.client("s3").put_object(Bucket="models", Key="releases/koala/v1/unet/weights.safetensors", Body=other)
+    assert bucket.send(release, "koala")["version"] == "v1"
+    assert read("v1/unet/weights.safetensors") == LARGE
+
+
+def test_of_two_publishers_one_moves_latest_and_the_other_is_told(
+    release: Path, bucket: S3Target, proxy: Proxy, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "README.md").write_text("of another publisher")
+    for had in (None, "v2"):  # the first release of all, and a later one
+        (release / "README.md").write_text(f"after {had}")
+        (other / "README.md").write_text(f"another's after {had}")
+
+        def meet(method: str, path: str) -> None:
+            if method == "PUT" and path.endswith("latest.json"):
+                proxy.fault = lambda method, path: None
+                bucket.send(other, "koala")
+
+        proxy.fault = meet
+        with pytest.raises(KoalaError, match=r"another publisher moved s3://models/releases/koala/latest.json to v\d"):
+            bucket.send(release, "koala")
+        latest = json.loads(read("latest.json"))
+        assert read(f"{latest['version']}/README.md").decode() == f"another's after {had}"
+
+
+def test_a_version_is_claimed_once(release: Path, bucket: S3Target, proxy: Proxy, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "README.md").write_text("of another publisher")
+
+    def meet(method: str, path: str) -> None:
+        if method == "PUT" and path.endswith("v1/manifest.json"):
+            proxy.fault = lambda method, path: None
+            S3Target(location=bucket.location).send(other, "koala")
+
+    proxy.fault = meet
+    with pytest.raises(KoalaError, match="while v2 was sent, which is whole and stays"):
+        bucket.send(release, "koala")
+    assert read("v1/README.md") == b"of another publisher"
+    assert read("v2/README.md") == b"a card"
+
+
+def test_what_cannot_be_is_one_line(
+    release: Path, bucket: S3Target, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KoalaError, match=r"no such bucket: create it, or put publish.targets.s3.location right"):
+        S3Target(location="s3://nobodys/x").send(release, "koala")
+    boto3.client("s3").put_object(Bucket="models", Key="releases/koala/latest.json", Body=b"[]")
+    with pytest.raises(KoalaError, match=r"koala/latest.json does not name a version"):
+        bucket.send(release, "koala")
+    for location in ("models/x", "https://models/x", "s3://"):
+        with pytest.raises(ValidationError, match="write it as s3://bucket/prefix"):
+            S3Target(location=location)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    with pytest.raises(KoalaError, match="no credentials for s3://models/releases: set AWS_ACCESS_KEY_ID"):
+        bucket.send(release, "koala")
