@@ -227,6 +227,51 @@ def serve_shapes(
 Out = Annotated[Path | None, typer.Option(help="write the raw figures to this JSON file")]
 Plot = Annotated[Path | None, typer.Option(help="write a plot to this PNG file")]
 
+release = typer.Typer(no_args_is_help=True, help="See, verify and roll back releases.")
+app.add_typer(release, name="release", rich_help_panel=TOOLS)
+
+
+@release.command("list")
+def release_list(
+    name: Annotated[str | None, typer.Argument(metavar="STUDENT", help="left out: all")] = None,
+) -> None:
+    """Show the versions at each target of publish.targets."""
+    from koala import params as parameters
+    from koala.publish.releases import show_releases
+
+    loaded = parameters.load()
+    if name:
+        loaded.student(name)
+    show_releases(loaded.recipe.publish.targets, [name] if name else list(loaded.students))
+
+
+@release.command("verify")
+def release_verify(
+    name: StudentName,
+    version: Annotated[str | None, typer.Argument(metavar="VERSION", help="such as v3; left out: the latest")] = None,
+) -> None:
+    """Read a version at each target, and compare it with its manifest."""
+    from koala import params as parameters
+    from koala.publish.releases import verify
+
+    loaded = parameters.load()
+    loaded.student(name)
+    verify(loaded.recipe.publish.targets, name, version)
+
+
+@release.command("rollback")
+def release_rollback(
+    name: StudentName, version: Annotated[str, typer.Argument(metavar="VERSION", help="such as v3")]
+) -> None:
+    """Make a version the latest at each target; nothing is deleted."""
+    from koala import params as parameters
+    from koala.publish.releases import roll_back
+
+    loaded = parameters.load()
+    loaded.student(name)
+    roll_back(loaded.recipe.publish.targets, name, version)
+
+
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on random weights.")
 app.add_typer(bench, name="bench", rich_help_panel=TOOLS)
 

@@ -7,10 +7,10 @@ it names is whole.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from koala.errors import KoalaError
 from koala.run import STATE
@@ -80,11 +80,11 @@ def latest(version: str, manifest: Manifest) -> str:
     return json.dumps({"version": version, "manifest_sha256": manifest.sha256}, indent=2) + "\n"
 
 
-def read_latest(text: str | bytes, origin: str) -> dict[str, Any]:
-    """Return what a latest.json says: `version` and `manifest_sha256`. Raises KoalaError where it is none."""
+def read_latest(text: str | bytes, origin: str) -> str:
+    """Return the version that a latest.json names. Raises KoalaError where it names none."""
     try:
-        found: dict[str, Any] = json.loads(text)
-        if _VERSION.fullmatch(found["version"]) and isinstance(found["manifest_sha256"], str):
+        found = str(json.loads(text)["version"])
+        if _VERSION.fullmatch(found):
             return found
     except (ValueError, KeyError, TypeError):
         pass
@@ -99,3 +99,10 @@ def numbered(names: Iterable[str]) -> list[str]:
 def after(versions: Iterable[str]) -> str:
     """Return the name of the version after all of `versions`."""
     return f"v{max((int(version[1:]) for version in versions), default=0) + 1}"
+
+
+def no_such_version(version: str, place: str, there_are: Sequence[str]) -> str:
+    """Return the line that says so."""
+    return (
+        f"{place} has no version {version!r}: {'choose one of ' + ', '.join(there_are) if there_are else 'it is empty'}"
+    )

@@ -203,13 +203,24 @@ def test_s3_holds_versions_and_names_the_latest(release: Path, bucket: S3Target,
     assert json.loads(read("latest.json"))["version"] == "v2"
     assert read("v1/README.md") == b"a card"
 
+    shelf = bucket.shelf("koala")
+    assert (shelf.versions(), shelf.latest()) == (["v1", "v2"], "v2")
+    shelf.point_to("v1")
+    assert json.loads(read("latest.json"))["version"] == "v1"
+    assert shelf.damaged("v1") == []
+    boto3.client("s3").put_object(Bucket="models", Key="releases/koala/v1/unet/weights.safetensors", Body=b"x")
+    boto3.client("s3").delete_object(Bucket="models", Key="releases/koala/v1/README.md")
+    assert shelf.damaged("v1") == ["README.md", "unet/weights.safetensors"]
+    with pytest.raises(KoalaError, match="has no version 'v7': choose one of v1, v2"):
+        shelf.point_to("v7")
+
 
 @pytest.mark.parametrize("fault", ["drop", 503])
 def test_a_broken_upload_leaves_no_release_and_resumes(
     release: Path, bucket: S3Target, proxy: Proxy, fault: str | int
 ) -> None:
     proxy.fault = lambda method, path: fault if "partNumber=3" in path else None
-    with pytest.raises(KoalaError, match="publish again, it resumes") as caught:
+    with pytest.raises(KoalaError, match="run it again, it resumes") as caught:
         bucket.send(release, "koala")
     assert "a-secret" not in str(caught.value)
     assert "releases/koala/latest.json" not in keys()

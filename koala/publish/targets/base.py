@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from koala.config import Config
+from koala.console import progress
+from koala.publish.versions import Manifest
 
 
 class Target(Config, ABC):
@@ -18,3 +20,40 @@ class Target(Config, ABC):
 
         Sending a release a second time changes nothing. What stands at the target is whole at any time.
         """
+
+    def shelf(self, name: str) -> "Shelf | None":
+        """Return the versions of student `name`; None where the target keeps none."""
+        return None
+
+
+class Shelf(ABC):
+    """The versions of one student at a target."""
+
+    @abstractmethod
+    def versions(self) -> list[str]:
+        """Return the versions, the oldest first; one whose upload broke is among them."""
+
+    @abstractmethod
+    def latest(self) -> str | None:
+        """Return the version that latest.json names; None where there is none."""
+
+    @abstractmethod
+    def manifest(self, version: str) -> Manifest:
+        """Return what a version holds. Raises KoalaError where there is no such version."""
+
+    @abstractmethod
+    def sha256(self, version: str, file: str) -> str | None:
+        """Read a file of a version and return its SHA-256; None where it is missing."""
+
+    @abstractmethod
+    def point_to(self, version: str) -> None:
+        """Let latest.json name a version. Raises KoalaError where another publisher moved it meanwhile."""
+
+    def damaged(self, version: str) -> list[str]:
+        """Return the files of a version that are missing or hold other bytes. Reads all of them."""
+        files = self.manifest(version).files
+        return [
+            name
+            for name in progress(sorted(files), f"verify {version}")
+            if self.sha256(version, name) != files[name].sha256
+        ]

@@ -1,6 +1,7 @@
 """A folder as a target: a shared file system, or a folder beside the project."""
 
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from koala.publish.targets.base import Target
-from koala.publish.versions import LATEST, MANIFEST, Manifest, after, latest, numbered
+from koala.errors import KoalaError
+from koala.publish.targets.base import Shelf, Target
+from koala.publish.versions import LATEST, MANIFEST, Manifest, after, latest, no_such_version, numbered, read_latest
 
 
 class FolderTarget(Target):
@@ -26,18 +28,60 @@ class FolderTarget(Target):
 
         Returns its `version` and `path`. Of several publishers one waits for the other.
         """
-        manifest, place = Manifest.of(release), self.path / name
-        place.mkdir(parents=True, exist_ok=True)
-        with _alone(place):
-            versions = numbered(path.name for path in place.iterdir() if path.is_dir())
-            version = next((each for each in reversed(versions) if _holds(place / each, manifest)), None)
+        manifest, shelf = Manifest.of(release), self.shelf(name)
+        shelf.place.mkdir(parents=True, exist_ok=True)
+        with _alone(shelf.place):
+            versions = shelf.versions()
+            version = next((each for each in reversed(versions) if shelf.manifest(each) == manifest), None)
             if version is None:
                 version = after(versions)
-                _copy(release, manifest, place / version)
-            partial = place / f".{LATEST}"
-            partial.write_text(latest(version, manifest))
-            os.replace(partial, place / LATEST)
-        return {"version": version, "path": str(place / version)}
+                _copy(release, manifest, shelf.place / version)
+            shelf.point_to(version)
+        return {"version": version, "path": str(shelf.place / version)}
+
+    def shelf(self, name: str) -> "FolderShelf":
+        """Return the versions of student `name`."""
+        return FolderShelf(self.path / name)
+
+
+class FolderShelf(Shelf):
+    """The versions of one student in a folder."""
+
+    def __init__(self, place: Path) -> None:
+        """Take the versions of the folder `place`, which need not exist."""
+        self.place = place
+
+    def versions(self) -> list[str]:
+        """Return the versions, the oldest first."""
+        if not self.place.is_dir():
+            return []
+        return numbered(path.name for path in self.place.iterdir() if (path / MANIFEST).is_file())
+
+    def latest(self) -> str | None:
+        """Return the version that latest.json names."""
+        file = self.place / LATEST
+        return read_latest(file.read_text(), str(file)) if file.is_file() else None
+
+    def manifest(self, version: str) -> Manifest:
+        """Return what a version holds."""
+        file = self.place / version / MANIFEST
+        if version not in self.versions():
+            raise KoalaError(no_such_version(version, str(self.place), self.versions()))
+        return Manifest.read(file.read_text(), str(file))
+
+    def sha256(self, version: str, file: str) -> str | None:
+        """Read a file of a version and return its SHA-256."""
+        path = self.place / version / file
+        if not path.is_file():
+            return None
+        with path.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+
+    def point_to(self, version: str) -> None:
+        """Let latest.json name a version."""
+        partial = self.place / f".{LATEST}"
+        partial.write_text(latest(version, self.manifest(version)))
+        os.replace(partial, self.place / LATEST)
 
 
 @contextmanager
@@ -45,11 +89,6 @@ def _alone(place: Path) -> Iterator[None]:
     with (place / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _holds(version: Path, manifest: Manifest) -> bool:
-    file = version / MANIFEST
-    return file.is_file() and Manifest.read(file.read_text(), str(file)) == manifest
 
 
 def _copy(release: Path, manifest: Manifest, version: Path) -> None:

@@ -19,8 +19,18 @@ from pydantic import field_validator
 
 from koala.console import progress
 from koala.errors import KoalaError
-from koala.publish.targets.base import Target
-from koala.publish.versions import LATEST, MANIFEST, File, Manifest, after, latest, numbered, read_latest
+from koala.publish.targets.base import Shelf, Target
+from koala.publish.versions import (
+    LATEST,
+    MANIFEST,
+    File,
+    Manifest,
+    after,
+    latest,
+    no_such_version,
+    numbered,
+    read_latest,
+)
 
 PART_BYTES = 64 * 2**20
 """Bytes of a part of a large file: what an interrupted upload repeats at most."""
@@ -51,18 +61,23 @@ class S3Target(Target):
         """
         manifest = Manifest.of(release)
         with _explained(self.location):
-            place = _Place(self.location, name)
-            before = place.latest()
-            version = place.claim(manifest)
-            place.fill(version, manifest, release)
-            place.point_to(version, manifest, before)
+            shelf = self.shelf(name)
+            before = shelf.pointer()
+            version = shelf.claim(manifest)
+            shelf.fill(version, manifest, release)
+            shelf.move_pointer(version, manifest, before)
         return {"version": version, "location": f"{self.location}/{name}/{version}"}
 
+    def shelf(self, name: str) -> "S3Shelf":
+        """Return the versions of student `name`."""
+        return S3Shelf(self.location, name)
 
-class _Place:
+
+class S3Shelf(Shelf):
     """The versions of one student in a bucket."""
 
     def __init__(self, location: str, name: str) -> None:
+        """Take the versions under `location / name`."""
         import boto3
 
         parts = urlsplit(location)
@@ -70,13 +85,50 @@ class _Place:
         self._prefix = f"{parts.path}/{name}/".lstrip("/")
         self._s3: Any = boto3.Session().client("s3")
 
-    def latest(self) -> tuple[str, str] | None:
+    def versions(self) -> list[str]:
+        """Return the versions, the oldest first; one whose upload broke is among them."""
+        with _explained(self._location):
+            return self._versions()
+
+    def latest(self) -> str | None:
+        """Return the version that latest.json names."""
+        with _explained(self._location):
+            pointer = self.pointer()
+        return pointer[1] if pointer else None
+
+    def manifest(self, version: str) -> Manifest:
+        """Return what a version holds."""
+        with _explained(self._location):
+            found = self._get(f"{version}/{MANIFEST}")
+            if found is None:
+                raise KoalaError(no_such_version(version, self._location, self._versions()))
+        return Manifest.read(found[0], f"{self._location}/{version}/{MANIFEST}")
+
+    def sha256(self, version: str, file: str) -> str | None:
+        """Read a file of a version and return its SHA-256."""
+        with _explained(self._location):
+            try:
+                answer = self._s3.get_object(Bucket=self._bucket, Key=f"{self._prefix}{version}/{file}")
+            except self._s3.exceptions.NoSuchKey:
+                return None
+            digest = hashlib.sha256()
+            for content in answer["Body"].iter_chunks(2**20):
+                digest.update(content)
+        return digest.hexdigest()
+
+    def point_to(self, version: str) -> None:
+        """Let latest.json name a version."""
+        manifest = self.manifest(version)
+        with _explained(self._location):
+            self.move_pointer(version, manifest, self.pointer())
+
+    def pointer(self) -> tuple[str, str] | None:
         """Return ETag and version of latest.json; None where there is none."""
         found = self._get(LATEST)
         if found is None:
             return None
         text, etag = found
-        return etag, str(read_latest(text, f"{self._location}/{LATEST}")["version"])
+        return etag, read_latest(text, f"{self._location}/{LATEST}")
 
     def claim(self, manifest: Manifest) -> str:
         """Return the version that is of this manifest; the next one, where there is none."""
@@ -100,14 +152,14 @@ class _Place:
             if there.get(key) != file.size or not self._is_whole(key, file, release / name):
                 self._upload(key, file, release / name)
 
-    def point_to(self, version: str, manifest: Manifest, before: tuple[str, str] | None) -> None:
+    def move_pointer(self, version: str, manifest: Manifest, before: tuple[str, str] | None) -> None:
         """Let latest.json name the version, unless it changed since `before` was read."""
         if before and before[1] == version:
             return
         condition = {"IfMatch": before[0]} if before else {"IfNoneMatch": "*"}
         if self._put(LATEST, latest(version, manifest), condition):
             return
-        now = self.latest()
+        now = self.pointer()
         if now and now[1] == version:
             return
         raise KoalaError(
@@ -246,10 +298,10 @@ def _explained(location: str) -> Iterator[None]:
             "InvalidAccessKeyId": "the access key is not known there: check AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL",
             "SignatureDoesNotMatch": "the secret key is wrong: check AWS_SECRET_ACCESS_KEY",
         }
-        reason = reasons.get(_code(error), f"{_line(error)}: publish again, it resumes")
-        raise KoalaError(f"cannot publish to {location}: {reason}") from None
+        reason = reasons.get(_code(error), f"{_line(error)}: run it again, it resumes")
+        raise KoalaError(f"cannot use {location}: {reason}") from None
     except (BotoCoreError, Boto3Error) as error:
-        raise KoalaError(f"cannot publish to {location}: {_line(error)}: publish again, it resumes") from None
+        raise KoalaError(f"cannot use {location}: {_line(error)}: run it again, it resumes") from None
 
 
 def _line(error: BaseException) -> str:
