@@ -40,9 +40,9 @@ class Requirement(Config):
         return f"{SHARE}/{self.metric}" if self.of else self.metric
 
     def __str__(self) -> str:
-        """Return the rule in words, of letters that a tag's name may hold."""
+        """Return the rule in words, of characters that MLflow allows in a tag's name."""
         subject = f"{self.metric} of {self.of}" if self.of else self.metric
-        return f"{subject} {'at most' if self.at_least is None else 'at least'} {self._limit:g}"
+        return f"{subject} {'at most' if self.at_least is None else 'at least'} {self._limit:.12g}"
 
     @property
     def _limit(self) -> float:

@@ -1,6 +1,7 @@
 """The gate's rules: by which figure each judges, and what is refused when it is read."""
 
 import math
+import shutil
 
 import pytest
 from pydantic import ValidationError
@@ -62,6 +63,26 @@ def test_what_is_no_number_passes_no_rule() -> None:
 def test_what_was_not_measured_is_named_with_what_was() -> None:
     with pytest.raises(KoalaError, match="'better', which was not measured: choose from good, bad, unet_parameters"):
         judge(METRICS, [Requirement(metric="better", at_least=0)])
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Requirement(metric="attributes/all", of="teacher", at_least=0.97),
+        Requirement(metric="unet_parameters", at_most=1_200_000_000),
+        Requirement(metric="step_ms", at_most=0.00001),
+    ],
+    ids=str,
+)
+def test_a_rule_can_name_a_tag(rule, tmp_path, empty_store) -> None:
+    from mlflow import MlflowClient
+
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    run = client.create_run(client.create_experiment("gate")).info.run_id
+    client.set_tag(run, f"gate/{rule}", "passed")
+    client.log_metric(run, f"gate/{rule.figure}", 1)
+    assert client.get_run(run).data.tags[f"gate/{rule}"] == "passed"
 
 
 @pytest.mark.parametrize(
