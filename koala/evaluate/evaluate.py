@@ -33,9 +33,10 @@ def evaluate(
 
     `out` holds metrics.json, summary.md, summary.txt, plots/ (PNG) and curves/curves.csv. metrics.json gives each model's
     values, those of `distilled` beside its teacher's, the 95 % `intervals` and one-sided 95 % `bounds` of scores, and what the
-    figures depend on (`pinned`). The students' images are kept
-    in `out / STATE`: an interrupted call resumes, and metrics can be added without generating again. Another student
-    needs another `out`.
+    figures depend on (`pinned`).
+
+    The students' images are kept in `out / STATE`: an interrupted call resumes, and metrics can be added without
+    generating again. Another student needs another `out`.
 
     Args:
         config: What is measured, and how.
