@@ -1,5 +1,6 @@
 """Loading of SDXL's pipelines, from a folder, a single file or the Hub, and generating images with them."""
 
+import gc
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,15 @@ def device() -> "torch.device":
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def free_memory() -> None:
+    """Free models that nothing refers to, and give their memory of a CUDA GPU back."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def default_dtype() -> str:

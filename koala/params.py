@@ -11,10 +11,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from koala.config import BY_KIND, Config
 from koala.data.config import (
@@ -35,10 +35,11 @@ from koala.distill import launch_settings
 from koala.distill.config import DistillConfig, DistillMachine
 from koala.distill.features import feature_pairs
 from koala.errors import KoalaError
-from koala.evaluate.config import EvaluateConfig, EvaluateMachine, SamplingConfig
+from koala.evaluate.config import COSTS, EvaluateConfig, EvaluateMachine, SamplingConfig
 from koala.evaluate.metrics.clip_score import ClipScore
 from koala.evaluate.metrics.psnr import Psnr
 from koala.evaluate.prompts import FilePrompts
+from koala.evaluate.statistics import power, prompts_needed, resolvable, yes_no_spread
 from koala.publish.config import PublishConfig
 from koala.publish.targets.folder import FolderTarget
 from koala.publish.targets.s3 import S3Target
@@ -104,6 +105,38 @@ class Profile(Config):
     """What is measured."""
     publish: _Publish
     """What a student must reach to be released, and where it goes."""
+
+    @model_validator(mode="after")
+    def _rules_fit_metrics(self) -> Self:
+        shared = [name for name, column in self.evaluate.columns().items() if column.of_teacher]
+        for rule in self.publish.require:
+            choices = shared if rule.of else [*self.evaluate.scores(), *COSTS]
+            if rule.metric not in choices:
+                share = " of the teacher" if rule.of else ""
+                raise ValueError(
+                    f"publish.require names {rule.metric!r}{share}, which evaluate.metrics does not measure: "
+                    f"choose from {', '.join(choices) or 'nothing'}"
+                )
+        return self
+
+    def unresolved(self) -> list[str]:
+        """Return a line for each rule on a share of the teacher's score for which there are too few prompts.
+
+        Raises KoalaError where the prompts cannot be read.
+        """
+        columns, lines = self.evaluate.columns(), []
+        rules = [rule for rule in self.publish.require if rule.of and rule.at_least is not None and rule.at_least < 1]
+        for rule in rules:
+            least, column = float(rule.at_least or 0), columns[rule.metric]
+            spread = yes_no_spread(least) if column.yes_no else column.spread
+            prompts = min(self.evaluate.count, len(set(self.evaluate.prompts.load())))
+            if spread is not None and not resolvable(least, spread, prompts):
+                passes, needed = power(least, spread, prompts), prompts_needed(least, spread)
+                lines.append(
+                    f"publish.require: {rule}: {prompts} prompts are too few to decide it. A student as good as its teacher "
+                    f"would pass {passes:.0%} of the time. Evaluate {needed} prompts or more, or lower at_least."
+                )
+        return lines
 
 
 class Machine(Config):

@@ -36,6 +36,7 @@ GRAPH = Path("dvc.yaml")
 ARTIFACTS = "artifacts"
 WORK = Path("runs")
 HASHES = WORK / "hashes.sqlite"
+_JUDGED = ("reference", "evaluate", "publish")  # their images are what the gate decides by
 _FINISHED = "finished"  # marks a work folder whose artifact is in place, and whose state stays for more of the same
 
 
@@ -174,6 +175,9 @@ def prepare(stage: str, student: str | None = None) -> Job:
                 raise KoalaError(f"{folder} is missing: run {_maker(folder, params.profile, student)} first")
             inputs[folder.parts[2]] = folder
     requirements.check(params.profile, params.requires, stage)
+    if stage in _JUDGED:
+        for line in params.recipe.unresolved():
+            say(line)
     return Job(params, stage, student, params.config(stage, student), inputs, _made(declared, params.profile, student))
 
 

@@ -161,7 +161,7 @@ class Brightness(Metric):
     columns: ClassVar = {"brightness": Column("brightness", "{:.1f}")}
 
     def measure(self, images, prompts, reference):
-        return {"brightness": sum(image.convert("L").resize((1, 1)).getpixel((0, 0)) for image in images) / len(images)}
+        return {"brightness": [image.convert("L").resize((1, 1)).getpixel((0, 0)) for image in images]}
 """,
         (
             "Metric = Annotated[Attributes",
@@ -171,6 +171,7 @@ class Brightness(Metric):
         """
 smoke = params["profiles"]["smoke"]
 smoke["evaluate"] |= {"metrics": {"brightness": {}}, "count": 2, "grid_rows": 1}
+smoke["publish"]["require"] = [{"metric": "brightness", "at_least": 1}]
 params["machines"]["cpu"]["evaluate"] = {"latency_repeats": 1}
 from koala.evaluate.evaluate import evaluate
 from koala.evaluate.reference import reference
@@ -204,10 +205,11 @@ class NoteTarget(Target):
             "from koala.publish.targets.note import NoteTarget",
         ),
         """
-params["profiles"]["smoke"]["publish"] |= {"targets": {"note": {"file": "sent"}}, "require": {"good": 1}}
+rules = [{"metric": "unet_parameters", "at_most": 1}]
+params["profiles"]["smoke"]["publish"] |= {"targets": {"note": {"file": "sent"}}, "require": rules}
 from koala.publish.publish import publish
 evaluation = Path("evaluation"); (evaluation / "plots").mkdir(parents=True); Path("release").mkdir()
-measured = {"unet_parameters": 1, "step_ms": 1.0, "good": 1}
+measured = {"unet_parameters": 1, "step_ms": 1.0}
 metrics = {"teacher": measured, "before": measured, "after": measured, "size_of_teacher": 1.0, "speed_up": 1.0}
 (evaluation / "metrics.json").write_text(json.dumps(metrics))
 (evaluation / "summary.md").write_text("| model |")

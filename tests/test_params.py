@@ -132,6 +132,23 @@ def test_more_steps_at_a_constant_rate_are_the_same_work(workspace: Path, edit) 
             ),
             "smoke.distill.features: koala-700m: the student has no feature self_attention in stage Mid: choose from",
         ),
+        (
+            lambda d: d["profiles"]["smoke"]["publish"].update(require=[{"metric": "attribute/all", "at_least": 0.8}]),
+            "profiles.smoke: publish.require names 'attribute/all', which evaluate.metrics does not measure: choose from "
+            "attributes/size, attributes/colour, attributes/shape, attributes/background, attributes/all, attributes/nothing, "
+            "agreement_db, unet_parameters, step_ms, size_of_teacher, speed_up",
+        ),
+        (
+            lambda d: d["profiles"]["smoke"]["publish"].update(
+                require=[{"metric": "agreement_db", "of": "teacher", "at_least": 0.8}]
+            ),
+            "publish.require names 'agreement_db' of the teacher, which evaluate.metrics does not measure: choose from "
+            "attributes/all",
+        ),
+        (
+            lambda d: d["profiles"]["smoke"]["publish"].update(require=[{"metric": "speed_up"}]),
+            "profiles.smoke.publish.require: the rule for speed_up wants either at_least or at_most",
+        ),
         (lambda d: d.update(profile="demos"), "names the profile 'demos': choose one of demo, sdxl, sdxl-lightning,"),
         (lambda d: d.update(machine="laptop"), "names the machine 'laptop': choose one of 8xgpu-24gb,"),
         (lambda d: d.pop("profiles"), "profiles: field required"),
@@ -242,6 +259,29 @@ def test_no_params_and_no_student(workspace: Path) -> None:
     Path("params.yaml").unlink()
     with pytest.raises(KoalaError, match=r"no params.yaml here"):
         load()
+
+
+def test_a_rule_that_its_prompts_cannot_decide_says_so(workspace: Path, edit) -> None:
+    """The demo has 108 prompts: enough for a loss of 10 % of a yes/no score, too few for one of 2 %."""
+    for profile in DOCUMENT["profiles"]:
+        assert load(ROOT / "params.yaml", profile).recipe.unresolved() == [], profile
+
+    def ask(**rule: Any) -> list[str]:
+        edit(lambda document: document["profiles"]["demo"]["publish"].update(require=[rule]))
+        return load(profile="demo").recipe.unresolved()
+
+    assert ask(metric="attributes/all", of="teacher", at_least=0.98) == [
+        "publish.require: attributes/all of teacher at least 0.98: 108 prompts are too few to decide it. A student as good as "
+        "its teacher would pass 23% of the time. Evaluate 840 prompts or more, or lower at_least."
+    ]
+    assert ask(metric="attributes/all", of="teacher", at_least=0.9) == []
+    assert (
+        ask(metric="attributes/all", of="teacher", at_least=1.0) == []
+    )  # better than the teacher: no margin to resolve
+    assert ask(metric="attributes/all", at_least=0.98) == []
+    # Fewer images than prompts.
+    edit(lambda document: document["profiles"]["demo"]["evaluate"].update(count=20))
+    assert "20 prompts are too few" in ask(metric="attributes/all", of="teacher", at_least=0.9)[0]
 
 
 def test_few_step_students_have_no_task_term() -> None:

@@ -82,6 +82,19 @@ def test_a_students_missing_input_names_the_students_command(workspace: Path) ->
         runner.prepare("distill", "koala-1b")
 
 
+def test_a_gate_with_too_few_prompts_says_so_before_images_are_generated(
+    workspace: Path, change_params, capsys
+) -> None:
+    rule = {"metric": "attributes/all", "of": "teacher", "at_least": 0.98}
+    change_params(publish={"require": [rule]})
+    make("teacher")
+    assert "too few" not in capsys.readouterr().err
+    runner.prepare("reference")
+    said = [line for line in capsys.readouterr().err.splitlines() if "too few" in line]
+    assert len(said) == 1
+    assert said[0].startswith("publish.require: attributes/all of teacher at least 0.98: 6 prompts are too few")
+
+
 def test_the_artifact_carries_its_provenance(workspace: Path) -> None:
     table = make("source")
     images = make("download")

@@ -68,7 +68,7 @@ def bench(
     fits: dict[str, dict[str, str]] = {name: {} for name in unets}
     turns = [(name, limit) for name in unets for limit in (None, *limits)]
     for name, limit in progress(turns, "bench infer"):
-        figures = runner.run("infer_worker", {"name": name, "unet": unets[name], "limit_gib": limit, **settings})
+        figures = runner.run("infer_worker", {"unet": unets[name], "limit_gib": limit, **settings})
         if limit is None:
             parameters = empty_unet(unets[name]).num_parameters()
             rows.append({"name": name, "parameters": parameters, "fits": fits[name], **figures})

@@ -22,7 +22,7 @@ _REPEATS = {"cuda": (20, 3), "cpu": (3, 1)}  # of a step, of a generation
 
 
 def measure(
-    name: str, unet: dict[str, Any], size: int, steps: int, dtype: str, compile: bool, limit_gib: int | None
+    unet: dict[str, Any], size: int, steps: int, dtype: str, compile: bool, limit_gib: int | None
 ) -> runner.Figures:
     """Return one U-Net's figures. With `limit_gib`, hold it to a card of that memory, and see only whether it fits."""
     device = default_device()
@@ -40,7 +40,7 @@ def measure(
         _generate(models, size, 2)
         return {}
     repeats, generations = _REPEATS[device.type]
-    step = step_latency({name: models.unet}, TEXT_TOKENS, batch=2, repeats=repeats)[name]
+    step = step_latency(models.unet, TEXT_TOKENS, batch=2, repeats=repeats)
     _generate(models, size, 1)
     return {
         "step_seconds": step,

@@ -19,10 +19,10 @@ _NAMES = ("size", "colour", "shape", "background")
 
 
 class Attributes(Metric):
-    """Shares of images that are right in size, colour, shape, background and all of them: `attributes/...`."""
+    """Whether an image is right in size, colour, shape, background and all of them, and shows nothing: `attributes/...`."""
 
     columns: ClassVar[Mapping[str, Column]] = {
-        "attributes/all": Column("attributes right", "{:.1%}", of_teacher=True),
+        "attributes/all": Column("attributes right", "{:.1%}", of_teacher=True, yes_no=True),
     }
 
     kind: Literal["attributes"] = "attributes"
@@ -33,10 +33,14 @@ class Attributes(Metric):
         if not isinstance(prompts, ShapesPrompts):
             raise ValueError("metric 'attributes' needs 'prompts: {kind: shapes}'")
 
+    def names(self) -> tuple[str, ...]:
+        """Return the attributes' scores, that of all, and that of images that show no shape."""
+        return tuple(f"attributes/{name}" for name in (*_NAMES, "all", "nothing"))
+
     def measure(
         self, images: "Sequence[Image]", prompts: Sequence[Prompt], reference: "Sequence[Image] | None"
-    ) -> dict[str, float]:
-        """Return the shares, and that of images that show no shape."""
+    ) -> dict[str, list[float]]:
+        """Return 1 for each image that is right, or that shows no shape, and 0 for others."""
         from koala.demo.shapes import ALL_ATTRIBUTES, describe
 
         by_text = {describe(attributes): attributes for attributes in ALL_ATTRIBUTES}
@@ -62,8 +66,8 @@ class Attributes(Metric):
 
 def attribute_accuracy(
     images: "Sequence[Image]", asked: "Sequence[shapes.Attributes]", reader: "Reader | None" = None
-) -> dict[str, float]:
-    """Return the shares of images that are right in each attribute and in `all`, and that show `nothing`.
+) -> dict[str, list[float]]:
+    """Return 1 for each image that is right in an attribute, in `all`, or that shows `nothing`; 0 for others.
 
     An image in which the reader sees no shape counts as wrong in everything.
 
@@ -76,7 +80,7 @@ def attribute_accuracy(
 
     seen = [(reader or read)(image) for image in images]
     pairs = list(zip(seen, asked, strict=True))
-    right = {name: sum(getattr(what, name, None) == getattr(wanted, name) for what, wanted in pairs) for name in _NAMES}
-    right["all"] = sum(what == wanted for what, wanted in pairs)
-    right["nothing"] = sum(what is None for what in seen)
-    return {f"attributes/{name}": count / len(images) for name, count in right.items()}
+    right = {name: [getattr(what, name, None) == getattr(wanted, name) for what, wanted in pairs] for name in _NAMES}
+    right["all"] = [what == wanted for what, wanted in pairs]
+    right["nothing"] = [what is None for what in seen]
+    return {f"attributes/{name}": [float(each) for each in images] for name, images in right.items()}

@@ -5,8 +5,14 @@ from typing import Any, Literal, Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from koala.config import Config
-from koala.evaluate.metrics.base import Metric
+from koala.evaluate.metrics.base import Column, Metric
 from koala.evaluate.prompts import PromptSet
+
+COSTS = ("unet_parameters", "step_ms", "size_of_teacher", "speed_up")
+"""What is measured of the U-Nets themselves. It has no interval."""
+
+SHARE, DIFFERENCE = "share_of_teacher", "difference_from_teacher"
+"""Before a score's name: the student's mean over its teacher's, and less its teacher's."""
 
 
 class SamplingConfig(Config):
@@ -29,7 +35,7 @@ class EvaluateMachine(Config):
     """Images generated at once."""
 
     latency_repeats: int = Field(default=10, gt=0)
-    """Timed U-Net steps of each model; their median is reported."""
+    """Timed U-Net steps of the student, and of the teacher before and after it; medians are reported."""
 
 
 class EvaluateConfig(Config):
@@ -67,6 +73,14 @@ class EvaluateConfig(Config):
         for metric in self.metrics:
             metric.check(self.prompts)
         return self
+
+    def scores(self) -> tuple[str, ...]:
+        """Return the names of all scores of a student's images."""
+        return tuple(name for metric in self.metrics for name in metric.names())
+
+    def columns(self) -> dict[str, Column]:
+        """Return the columns of all metrics by the name of their score."""
+        return {name: column for metric in self.metrics for name, column in metric.columns.items()}
 
     def resume_key(self) -> dict[str, Any]:
         """Return what decides the images: they are kept when a metric is added or the report changes."""

@@ -1,6 +1,10 @@
-"""The stage `evaluate`: a distilled student beside its teacher and beside itself before distillation."""
+"""The stage `evaluate`: a distilled student beside its teacher and beside itself before distillation.
+
+One model is in memory at a time: the pipelines that generate, then the U-Nets that are timed, then what the metrics load.
+"""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +15,8 @@ from koala.errors import KoalaError
 from koala.evaluate import report
 from koala.evaluate.config import EvaluateConfig
 from koala.evaluate.images import generate_images, read_images
-from koala.evaluate.metrics.base import Metric
 from koala.evaluate.prompts import Prompt, seeded_prompts
+from koala.evaluate.statistics import CONFIDENCE, RESAMPLES, Estimate, estimate
 from koala.run import STATE, Run
 
 if TYPE_CHECKING:
@@ -27,9 +31,12 @@ def evaluate(
 ) -> None:
     """Measure `distilled` beside `teacher` and beside `student`, its weights before distillation.
 
-    `out` holds metrics.json, summary.md, summary.txt, plots/ (PNG) and curves/curves.csv. The students' images are kept
-    in `out / STATE`: an interrupted call resumes, and metrics can be added without generating again. Another student
-    needs another `out`.
+    `out` holds metrics.json, summary.md, summary.txt, plots/ (PNG) and curves/curves.csv. metrics.json gives each model's
+    values, those of `distilled` beside its teacher's, the 95 % `intervals` and one-sided 95 % `bounds` of scores, and what the
+    figures depend on (`pinned`).
+
+    The students' images are kept in `out / STATE`: an interrupted call resumes, and metrics can be added without
+    generating again. Another student needs another `out`.
 
     Args:
         config: What is measured, and how.
@@ -42,7 +49,7 @@ def evaluate(
 
     Raises:
         KoalaError: `reference` was made of other prompts, seeds or settings, or the U-Nets of `student` and `distilled`
-            differ in shape.
+            differ in shape, or a metric gives no number for an image.
     """
     prompts = seeded_prompts(config.prompts, config.count, config.seed)
     images: dict[str, Sequence[Image]] = {"teacher": read_images(reference, prompts, config)}
@@ -53,42 +60,68 @@ def evaluate(
     for model, folder in {"before": student, "after": distilled}.items():
         images[model] = generate_images(folder, prompts, config, out / STATE / model, f"evaluate: {model}")
 
-    measured = {model: _quality(model, images, prompts, config.metrics) for model in images}
     costs = _costs(teacher, distilled, config)
-    measured["teacher"] |= costs["teacher"]
-    for model in ("before", "after"):  # distillation changes weights only: both cost the same
-        measured[model] |= costs["student"]
-    derived = _compare(measured, config.metrics)
+    values = {model: _scores(model, images, prompts, config) for model in images}
+    shared = [name for name, column in config.columns().items() if column.of_teacher and name in values["teacher"]]
+    scores, compared = estimate([prompt.text for prompt in prompts], values, shared)
+    measured = {model: {name: score.value for name, score in scores[model].items()} | costs[model] for model in images}
+    derived = {
+        "size_of_teacher": costs["after"]["unet_parameters"] / costs["teacher"]["unet_parameters"],
+        "speed_up": costs["teacher"]["step_ms"] / costs["after"]["step_ms"],
+        **{name: figure.value for name, figure in compared.items()},
+    }
+    bounds = {name: figure.bounds for name, figure in {**scores["after"], **compared}.items()}
 
-    _write(out, distilled, measured, derived, images, prompts, config)
-    _log(run, out, measured, derived)
+    sections = {
+        "intervals": {**{model: _intervals(scores[model]) for model in scores}, **_intervals(compared)},
+        "bounds": bounds,
+        "pinned": _pinned(config, distilled, images["after"], prompts),
+    }
+    _write(out, distilled, {**measured, **derived, **sections})
+    report.write(out, distilled.name, measured, scores, compared, images, prompts, config)
+    _log(run, out, measured, derived, {f"lower_bound/{name}": lower for name, (lower, _) in bounds.items()})
     say((out / "summary.txt").read_text())
 
 
-def _quality(
-    model: str, images: "Mapping[str, Sequence[Image]]", prompts: Sequence[Prompt], metrics: Sequence[Metric]
-) -> dict[str, float]:
+def _scores(
+    model: str, images: "Mapping[str, Sequence[Image]]", prompts: Sequence[Prompt], config: EvaluateConfig
+) -> dict[str, Sequence[float]]:
+    """Return the value of each of a model's images, by the score's name."""
     reference = None if model == "teacher" else images["teacher"]
-    values: dict[str, float] = {}
-    for metric in metrics:
-        values |= metric.measure(images[model], prompts, reference)
-    return values
+    scores: dict[str, Sequence[float]] = {}
+    for metric in config.metrics:
+        for name, values in metric.measure(images[model], prompts, reference).items():
+            wrong = [number for number, value in enumerate(values) if value is None or not math.isfinite(value)]
+            if wrong or len(values) != len(prompts):
+                which = f"image {wrong[0]}" if wrong else f"each image: {len(values)} values of {len(prompts)}"
+                raise KoalaError(
+                    f"the metric {metric.kind} gives no number {name} for {which} ({model}): mend the metric"
+                )
+            scores[name] = values
+    return scores
 
 
 def _costs(teacher: Path, student: Path, config: EvaluateConfig) -> dict[str, dict[str, float]]:
-    """Measure parameters and latency of two U-Nets side by side. Only they are in memory, not their pipelines."""
-    from koala.evaluate.latency import step_latency
+    """Measure parameters and latency of the U-Nets, one in memory at a time, without their pipelines.
 
-    unets = {name: _load_unet(folder, config.dtype) for name, folder in (("teacher", teacher), ("student", student))}
+    The teacher is timed before and after the student, so that a machine whose speed drifts does not favour one.
+    """
     tokens = json.loads((teacher / "text_encoder" / "config.json").read_text())["max_position_embeddings"]
-    seconds = step_latency(unets, tokens, config.latency_batch, config.machine.latency_repeats)
-    return {
-        name: {
-            "unet_parameters": sum(parameter.numel() for parameter in unet.parameters()),
-            "step_ms": 1000 * seconds[name],
-        }
-        for name, unet in unets.items()
-    }
+    first, own, last = (_cost(folder, tokens, config) for folder in (teacher, student, teacher))
+    of_teacher = {**first, "step_ms": (first["step_ms"] + last["step_ms"]) / 2}
+    return {"teacher": of_teacher, "before": own, "after": own}  # distillation changes weights only
+
+
+def _cost(folder: Path, tokens: int, config: EvaluateConfig) -> dict[str, float]:
+    from koala.evaluate.latency import step_latency
+    from koala.generate import free_memory
+
+    unet = _load_unet(folder, config.dtype)
+    seconds = step_latency(unet, tokens, config.latency_batch, config.machine.latency_repeats)
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    del unet
+    free_memory()  # before the next is loaded
+    return {"unet_parameters": parameters, "step_ms": 1000 * seconds}
 
 
 def _load_unet(folder: Path, dtype: str) -> "UNet2DConditionModel":
@@ -108,35 +141,38 @@ def _unet_config(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in values.items() if not name.startswith("_")}
 
 
-def _compare(measured: Mapping[str, Mapping[str, float]], metrics: Sequence[Metric]) -> dict[str, float]:
-    """Compare the student after distillation with its teacher."""
-    teacher, after = measured["teacher"], measured["after"]
-    derived = {
-        "size_of_teacher": after["unet_parameters"] / teacher["unet_parameters"],
-        "speed_up": teacher["step_ms"] / after["step_ms"],
+def _intervals(figures: Mapping[str, Estimate]) -> dict[str, tuple[float, float]]:
+    """Return intervals as pairs, which `dvc metrics show` leaves out: a column of it for each end would bury the figures."""
+    return {name: figure.interval for name, figure in figures.items()}
+
+
+def _pinned(
+    config: EvaluateConfig, distilled: Path, images: "Sequence[Image]", prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    """Return what must be equal for figures of two evaluations to be compared."""
+    width, height = images[0].size
+    return {
+        "sampler": json.loads((distilled / "scheduler" / "scheduler_config.json").read_text())["_class_name"],
+        "steps": config.sampling.steps,
+        "guidance": config.sampling.guidance,
+        "size": f"{width}x{height}",
+        "count": len(prompts),
+        "prompts": len({prompt.text for prompt in prompts}),
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "metrics": {metric.kind: metric.model_dump(mode="json", exclude={"kind"}) for metric in config.metrics},
+        "confidence": CONFIDENCE,
+        "resamples": RESAMPLES,
     }
-    for name, column in report.columns_of(metrics).items():
-        if column.of_teacher and name in teacher:
-            derived[f"share_of_teacher/{name}"] = after[name] / teacher[name] if teacher[name] else 0.0
-    return derived
 
 
-def _write(
-    out: Path,
-    distilled: Path,
-    measured: Mapping[str, Mapping[str, float]],
-    derived: Mapping[str, float],
-    images: "Mapping[str, Sequence[Image]]",
-    prompts: Sequence[Prompt],
-    config: EvaluateConfig,
-) -> None:
-    """Write the evaluation's files; plots and curves of an earlier call are removed."""
+def _write(out: Path, distilled: Path, metrics: Mapping[str, Any]) -> None:
+    """Write metrics.json and the student's curves; plots and curves of an earlier call are removed."""
     plots, curves = out / "plots", out / "curves"
     for folder in (plots, curves):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-    (out / "metrics.json").write_text(json.dumps({**measured, **derived}, indent=2) + "\n")
-    report.write(out, distilled.name, measured, config.metrics, images, prompts, config.grid_rows)
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     if (distilled / "curves.png").is_file():
         shutil.copyfile(distilled / "curves.png", plots / "curves.png")
     if (distilled / "curves.csv").is_file():
@@ -145,12 +181,18 @@ def _write(
         (curves / "curves.csv").write_text(_NO_CURVES)
 
 
-def _log(run: Run, out: Path, measured: Mapping[str, Mapping[str, float]], derived: Mapping[str, float]) -> None:
+def _log(
+    run: Run,
+    out: Path,
+    measured: Mapping[str, Mapping[str, float]],
+    derived: Mapping[str, float],
+    bounds: Mapping[str, float],
+) -> None:
     """Log the student's values under their bare names, so that runs of two students compare by the same ones."""
     from PIL import Image
 
     others = {f"{model}.{name}": value for model in ("teacher", "before") for name, value in measured[model].items()}
-    run.metrics({**measured["after"], **derived, **others})
+    run.metrics({**measured["after"], **derived, **bounds, **others})
     for name in ("metrics.json", "summary.md", "summary.txt"):
         run.artifact(out / name)
     for name in ("plots", "curves"):

@@ -76,6 +76,8 @@ def generate_images(model: Path, prompts: Sequence[Prompt], config: EvaluateConf
                 partial = image_file(folder, number).with_suffix(".partial")
                 image.save(partial, format="PNG")
                 partial.rename(image_file(folder, number))
+        del pipeline
+        generate.free_memory()  # before the next model is loaded
     return Images(folder, len(prompts))
 
 

@@ -9,26 +9,23 @@ from diffusers import UNet2DConditionModel
 
 
 @torch.no_grad()
-def step_latency(unets: dict[str, UNet2DConditionModel], tokens: int, batch: int, repeats: int) -> dict[str, float]:
-    """Return the median seconds of a forward pass of each U-Net, on its device, in its type, at its own sample size.
-
-    The U-Nets take turns, so that a machine whose speed drifts does not favour one.
+def step_latency(unet: UNet2DConditionModel, tokens: int, batch: int, repeats: int) -> float:
+    """Return the median seconds of a U-Net's forward pass, on its device, in its type, at its own sample size.
 
     Args:
-        unets: U-Nets by name.
+        unet: The U-Net.
         tokens: Length of the text states.
         batch: Latents in a pass.
-        repeats: Timed passes of each U-Net, after a warm-up.
+        repeats: Timed passes, after a warm-up.
     """
-    passes = {name: _forward(unet, tokens, batch) for name, unet in unets.items()}
-    times: dict[str, list[float]] = {name: [] for name in unets}
-    for repeat in range(repeats + 1):
-        for name, forward in passes.items():
-            start = time.perf_counter()
-            forward()
-            if repeat:  # the first is a warm-up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    forward = _forward(unet, tokens, batch)
+    forward()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        forward()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def _forward(unet: UNet2DConditionModel, tokens: int, batch: int) -> Callable[[], None]:

@@ -1,11 +1,13 @@
 """The report of an evaluation: the table (text and markdown), the grid of images, and the metrics' plots."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from koala.evaluate.metrics.base import Column, Metric
+from koala.evaluate.config import SHARE, EvaluateConfig
 from koala.evaluate.prompts import Prompt
+from koala.evaluate.statistics import Estimate
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -13,7 +15,11 @@ if TYPE_CHECKING:
 Measured = Mapping[str, Mapping[str, float]]
 """Model -> value's name -> value. Models: teacher, before, after."""
 
+Estimates = Mapping[str, Mapping[str, Estimate]]
+"""Model -> score's name -> its mean over the images."""
+
 LABELS = {"teacher": "teacher", "before": "student before distillation", "after": "student after"}
+_UNIT = re.compile(r"\D+$")
 _COST = ("model", "U-Net parameters", "size", "ms a step", "speed")
 
 
@@ -21,10 +27,11 @@ def write(
     out: Path,
     student: str,
     measured: Measured,
-    metrics: Sequence[Metric],
+    scores: Estimates,
+    compared: Mapping[str, Estimate],
     images: "Mapping[str, Sequence[Image]]",
     prompts: Sequence[Prompt],
-    rows: int,
+    config: EvaluateConfig,
 ) -> None:
     """Write summary.txt, summary.md, plots/grid.png and the metrics' plots to `out`.
 
@@ -32,37 +39,47 @@ def write(
         out: The folder of the evaluation.
         student: The student's name.
         measured: The values of each model.
-        metrics: What measured them.
+        scores: Those of its images, with their intervals.
+        compared: The student's scores beside its teacher's.
         images: Each model's images, by the keys of `measured`.
         prompts: What the images were generated from.
-        rows: Prompts in the grid.
+        config: The metrics, and the rows of the grid.
     """
     from koala.plots import grid
 
-    columns, cells = table(student, measured, metrics)
+    columns, cells = table(student, measured, scores, compared, config)
     (out / "summary.md").write_text(_markdown(columns, cells))
     (out / "summary.txt").write_text(_text(columns, cells))
     plots = out / "plots"
     plots.mkdir(exist_ok=True)
     # Sample rows at golden-ratio steps, so that a few rows cover most of the cycled prompts.
-    chosen = sorted({int(row * 0.618034 % 1 * len(prompts)) for row in range(rows)})
+    chosen = sorted({int(row * 0.618034 % 1 * len(prompts)) for row in range(config.grid_rows)})
     columns_of_grid = {LABELS[model]: [series[number] for number in chosen] for model, series in images.items()}
     grid([prompts[number].text for number in chosen], columns_of_grid).save(plots / "grid.png")
     labelled = {_label(model, student): values for model, values in measured.items()}
-    for metric in metrics:
+    for metric in config.metrics:
         for name, figure in metric.plots(labelled).items():
             figure.savefig(plots / f"{name}.png", dpi=120)
 
 
-def columns_of(metrics: Sequence[Metric]) -> dict[str, Column]:
-    """Return the columns of all metrics by the name of their value."""
-    return {name: column for metric in metrics for name, column in metric.columns.items()}
+def table(
+    student: str, measured: Measured, scores: Estimates, compared: Mapping[str, Estimate], config: EvaluateConfig
+) -> tuple[list[str], list[list[str]]]:
+    """Return column names and formatted cells: a row each for the teacher, the student before, and after.
 
-
-def table(student: str, measured: Measured, metrics: Sequence[Metric]) -> tuple[list[str], list[list[str]]]:
-    """Return column names and formatted cells: a row each for the teacher, the student before, and after."""
+    A score stands with its 95 % interval: `97.8% (95.9-99.0)`. One of which more is better is followed by the student's share
+    of its teacher's.
+    """
     teacher = measured["teacher"]
-    quality = columns_of(metrics)
+    columns = [*_COST]
+    quality: list[tuple[str, str]] = []  # name and format
+    for name, column in config.columns().items():
+        columns.append(column.label)
+        quality.append((name, column.format))
+        if f"{SHARE}/{name}" in compared:
+            columns.append("of teacher's")
+            quality.append((f"{SHARE}/{name}", "{:.1%}"))
+    figures = {**scores, "after": {**scores["after"], **compared}}
     rows = [
         [
             _label(model, student),
@@ -70,11 +87,18 @@ def table(student: str, measured: Measured, metrics: Sequence[Metric]) -> tuple[
             f"{values['unet_parameters'] / teacher['unet_parameters']:.0%}",
             f"{values['step_ms']:.1f}",
             f"{teacher['step_ms'] / values['step_ms']:.2f} x",
-            *(column.format.format(values[name]) if name in values else "-" for name, column in quality.items()),
+            *(_with_interval(figures[model].get(name), form) for name, form in quality),
         ]
         for model, values in measured.items()
     ]
-    return [*_COST, *(column.label for column in quality.values())], rows
+    return columns, rows
+
+
+def _with_interval(figure: Estimate | None, form: str) -> str:
+    if figure is None:
+        return "-"
+    low, high = (_UNIT.sub("", form.format(end)) for end in figure.interval)
+    return f"{form.format(figure.value)} ({low}-{high})"
 
 
 def _label(model: str, student: str) -> str:

@@ -1,17 +1,18 @@
 """Parameters of publishing."""
 
-from pydantic import Field, SerializeAsAny
+from pydantic import SerializeAsAny
 
 from koala.config import Config
 from koala.evaluate.config import SamplingConfig
+from koala.publish.gate import Requirement
 from koala.publish.targets.base import Target
 
 
 class PublishConfig(Config):
     """What a student must reach to be released, what its card says, and where the release goes."""
 
-    require: dict[str, float] = Field(default_factory=dict)
-    """Least values of the student's metrics, named as in metrics.json: `{share_of_teacher/clip_score: 0.95}`."""
+    require: tuple[Requirement, ...] = ()
+    """Rules that a student must meet to be released: `{metric: clip_score, of: teacher, at_least: 0.95}`."""
 
     license: str
     """Licence of the weights, as the Hub names it."""

@@ -1,23 +1,115 @@
-"""The gate: what a student must reach to be released."""
+"""The gate: the rules that a student must meet to be released."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
+from pydantic import model_validator
+
+from koala.config import Config
 from koala.errors import KoalaError
+from koala.evaluate.config import COSTS, SHARE
 
 
-def shortfalls(metrics: Mapping[str, float], require: Mapping[str, float]) -> list[str]:
-    """Return a phrase for each metric below its threshold; none where the gate is open.
+class Requirement(Config):
+    """A rule of the gate. A score meets it where its one-sided 95 % bound does; a cost has none: its value decides."""
+
+    metric: str
+    """A score such as `attributes/all`, or a cost: `unet_parameters`, `step_ms`, `size_of_teacher`, `speed_up`."""
+
+    of: Literal["teacher"] | None = None
+    """`teacher`: judge the student's share of its teacher's score. Left out: the student's own figure."""
+
+    at_least: float | None = None
+    """Least value. The score's lower bound must reach it."""
+
+    at_most: float | None = None
+    """Greatest value, in place of `at_least`. The score's upper bound must keep to it."""
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError(f"the rule for {self.metric} wants either at_least or at_most")
+        if self.of and self.metric in COSTS:
+            raise ValueError(f"{self.metric} has no share of the teacher's: take out `of: {self.of}`")
+        return self
+
+    @property
+    def figure(self) -> str:
+        """Name of what it judges, as metrics.json has it."""
+        return f"{SHARE}/{self.metric}" if self.of else self.metric
+
+    def __str__(self) -> str:
+        """Return the rule in words, of characters that MLflow allows in a tag's name."""
+        subject = f"{self.metric} of {self.of}" if self.of else self.metric
+        return f"{subject} {'at most' if self.at_least is None else 'at least'} {self._limit:.12g}"
+
+    @property
+    def _limit(self) -> float:
+        limit = self.at_most if self.at_least is None else self.at_least
+        assert limit is not None
+        return limit
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule says of a student."""
+
+    rule: Requirement
+    value: float
+    bound: float | None
+    """The score's one-sided 95 % bound; None of a cost."""
+
+    @property
+    def judged(self) -> float:
+        """The figure that decides."""
+        return self.value if self.bound is None else self.bound
+
+    @property
+    def passed(self) -> bool:
+        """Whether the rule is met; not by NaN."""
+        rule = self.rule
+        least, most = rule.at_least, rule.at_most
+        return (least is None or self.judged >= least) and (most is None or self.judged <= most)
+
+    def __str__(self) -> str:
+        """Return the rule with its figures: `attributes/all at least 0.97: 0.981, lower bound 0.959`."""
+        which = "upper" if self.rule.at_least is None else "lower"
+        bound = "" if self.bound is None else f", {which} bound {_digits(self.bound)}"
+        return f"{self.rule}: {_digits(self.value)}{bound}"
+
+    def report(self) -> dict[str, Any]:
+        """Return the verdict as JSON-able values."""
+        figures = {"value": self.value, "bound": self.bound, "passed": self.passed}
+        return {**self.rule.model_dump(mode="json", exclude_none=True), **figures}
+
+
+def judge(metrics: Mapping[str, Any], rules: Sequence[Requirement]) -> list[Verdict]:
+    """Return the verdict of every rule.
+
+    Args:
+        metrics: Content of metrics.json.
+        rules: The rules.
 
     Raises:
-        KoalaError: A threshold names a metric that was not measured.
+        KoalaError: A rule names what was not measured.
     """
-    for name in require:
-        if name not in metrics:
-            raise KoalaError(
-                f"publish.require names {name!r}, which was not measured: choose from {', '.join(metrics)}"
-            )
-    return [
-        f"{name} is {metrics[name]:.3f}, below {least:g}"
-        for name, least in require.items()
-        if not metrics[name] >= least  # also true for NaN
-    ]
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    figures, bounds = {**metrics["after"], **numbers}, metrics.get("bounds", {})
+    return [_judge(rule, figures, bounds) for rule in rules]
+
+
+def _judge(rule: Requirement, figures: Mapping[str, float], bounds: Mapping[str, Sequence[float]]) -> Verdict:
+    name = rule.figure
+    if name not in figures:
+        raise KoalaError(f"publish.require names {name!r}, which was not measured: choose from {', '.join(figures)}")
+    if name in COSTS:
+        return Verdict(rule, figures[name], None)
+    if name not in bounds:
+        raise KoalaError(f"publish.require: the evaluation gives no bounds of {name}: run `koala evaluate` again")
+    lower, upper = bounds[name]
+    return Verdict(rule, figures[name], upper if rule.at_least is None else lower)
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from koala.console import say
 from koala.errors import KoalaError
 from koala.publish import card
 from koala.publish.config import PublishConfig
-from koala.publish.gate import shortfalls
+from koala.publish.gate import Verdict, judge
 from koala.publish.versions import RECEIPT
 from koala.run import STATE, Run
 
@@ -20,40 +22,41 @@ def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path,
     """Make the release in `out`, and send it to the targets.
 
     `out` holds the pipeline's folders, README.md (the card), metrics.json, grid.png, training.json (provenance of the
-    training, where `distilled` has one) and receipt.json (what was required, and what the targets answered).
+    training, where `distilled` has one) and receipt.json (the verdict of each rule, and what the targets answered).
 
     Args:
         config: The gate, the card and the targets.
         distilled: The student's pipeline; the release is called as this folder.
         evaluation: Its evaluation.
         out: Where the release goes; what an interrupted call left there is replaced.
-        run: Receives the verdict, the card and the receipt.
+        run: Receives the verdicts, the card and the receipt; of a student that is refused, the verdicts and a receipt.
 
     Raises:
-        KoalaError: The student misses a threshold. Nothing is released.
+        KoalaError: The student does not meet a rule. Nothing is released.
     """
     name = distilled.name
     metrics = json.loads((evaluation / "metrics.json").read_text())
     derived = {metric: value for metric, value in metrics.items() if isinstance(value, float)}
-    reached = {**metrics["after"], **derived}
-    if short := shortfalls(reached, config.require):
-        run.tags({"released": "no"})
-        raise KoalaError(
-            f"{name} is not released: {'; '.join(short)} (publish.require): train it longer, or lower the threshold"
-        )
-
-    training = _copy(distilled, evaluation, out)
-    table = (evaluation / "summary.md").read_text()
-    (out / "README.md").write_text(card.render(name, metrics, derived, training, table, config))
+    verdicts = judge(metrics, config.require)
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    training = _training(distilled)
     receipt: dict[str, Any] = {
         "student": name,
-        "released": True,
+        "released": not failed,
         "run_id": training.get("run_id"),
         "commit": training.get("commit"),
-        "required": config.require,
-        "reached": {metric: reached[metric] for metric in config.require},
+        "rules": [verdict.report() for verdict in verdicts],
         "targets": [],
     }
+    _log(run, verdicts)
+    if failed:
+        _log_refusal(run, receipt)
+        missed = "; ".join(map(str, failed))
+        raise KoalaError(f"{name} is not released (publish.require): {missed}: train it longer, or change the rule")
+
+    _copy(distilled, evaluation, out)
+    table = (evaluation / "summary.md").read_text()
+    (out / "README.md").write_text(card.render(name, metrics, derived, training, table, config))
     _write(out / RECEIPT, receipt)
     for target in config.targets:
         receipt["targets"].append({"kind": target.kind, **target.send(out, name)})
@@ -64,8 +67,30 @@ def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path,
     say(f"publish: {name} is released")
 
 
-def _copy(distilled: Path, evaluation: Path, out: Path) -> dict[str, Any]:
-    """Fill `out` with the pipeline, the metrics and the grid. Return the provenance of the training, or nothing."""
+def _log(run: Run, verdicts: Sequence[Verdict]) -> None:
+    """Log the figure that each rule judged, and its verdict in words."""
+    run.metrics({f"gate/{verdict.rule.figure}": verdict.judged for verdict in verdicts})
+    run.tags({f"gate/{verdict.rule}": "passed" if verdict.passed else f"failed: {verdict}" for verdict in verdicts})
+
+
+def _log_refusal(run: Run, receipt: dict[str, Any]) -> None:
+    """Log the receipt of a student that is refused: there is no release to hold it."""
+    run.tags({"released": "no"})
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / RECEIPT
+        _write(file, receipt)
+        run.artifact(file)
+
+
+def _training(distilled: Path) -> dict[str, Any]:
+    """Return the provenance of the training, or nothing."""
+    file = distilled / "provenance.json"
+    training: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return training
+
+
+def _copy(distilled: Path, evaluation: Path, out: Path) -> None:
+    """Fill `out` with the pipeline, the metrics, the grid, and the provenance of the training, where there is one."""
     _clear(out)
     shutil.copyfile(distilled / "model_index.json", out / "model_index.json")
     for component in json.loads((distilled / "model_index.json").read_text()):
@@ -73,11 +98,8 @@ def _copy(distilled: Path, evaluation: Path, out: Path) -> dict[str, Any]:
             shutil.copytree(distilled / component, out / component)
     shutil.copyfile(evaluation / "metrics.json", out / "metrics.json")
     shutil.copyfile(evaluation / "plots" / "grid.png", out / "grid.png")
-    if not (distilled / "provenance.json").is_file():
-        return {}
-    shutil.copyfile(distilled / "provenance.json", out / TRAINING)
-    training: dict[str, Any] = json.loads((out / TRAINING).read_text())
-    return training
+    if (distilled / "provenance.json").is_file():
+        shutil.copyfile(distilled / "provenance.json", out / TRAINING)
 
 
 def _clear(out: Path) -> None:

@@ -26,8 +26,8 @@ class Projection(Metric):
 
     def measure(
         self, images: Sequence[Image.Image], prompts: Sequence[Prompt], reference: Sequence[Image.Image] | None
-    ) -> dict[str, float]:
-        return {"projection": float(np.mean([self.of(image) for image in images]))}
+    ) -> dict[str, list[float]]:
+        return {"projection": [self.of(image) for image in images]}
 
     @staticmethod
     def of(image: Image.Image) -> float:

@@ -1,7 +1,9 @@
 """The stage `evaluate`, called with folders."""
 
 import json
+import math
 import shutil
+import weakref
 from itertools import combinations
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from koala.errors import KoalaError
 from koala.evaluate import evaluate as module
 from koala.evaluate.evaluate import evaluate
 from koala.evaluate.images import image_file
+from koala.evaluate.metrics.base import Metric
+from koala.evaluate.metrics.psnr import Psnr
 from koala.evaluate.prompts import seeded_prompts
 from koala.run import STATE, NoRun
 
@@ -42,7 +46,19 @@ def test_each_model_is_measured_on_its_own_images(judged, make_config, tmp_path,
         assert metrics[model]["projection"] == pytest.approx(value, abs=0.2), model
     assert metrics["share_of_teacher/projection"] == pytest.approx(expected["after"] / expected["teacher"], abs=0.01)
 
-    assert set(metrics) == {"teacher", "before", "after", "size_of_teacher", "speed_up", "share_of_teacher/projection"}
+    assert metrics["difference_from_teacher/projection"] == pytest.approx(
+        expected["after"] - expected["teacher"], abs=0.2
+    )
+    comparisons = {"share_of_teacher/projection", "difference_from_teacher/projection"}
+    sections = {"intervals", "bounds", "pinned"}
+    assert set(metrics) == {"teacher", "before", "after", "size_of_teacher", "speed_up"} | comparisons | sections
+    assert set(metrics["intervals"]) == {"teacher", "before", "after"} | comparisons
+    assert set(metrics["bounds"]) == {"projection", "agreement_db"} | comparisons
+    for name, (lower, upper) in metrics["bounds"].items():
+        value = metrics["after"].get(name, metrics.get(name))
+        low, high = metrics["intervals"]["after"].get(name) or metrics["intervals"][name]
+        assert low <= lower <= value <= upper <= high, name
+        assert recorder.logged[f"lower_bound/{name}"] == lower
     assert set(metrics["teacher"]) == {"projection", "unet_parameters", "step_ms"}
     assert set(metrics["after"]) == set(metrics["before"]) == {*metrics["teacher"], "agreement_db"}
     assert metrics["before"]["unet_parameters"] == metrics["after"]["unet_parameters"]
@@ -101,15 +117,73 @@ def test_an_interrupted_evaluation_resumes(judged, make_config, tmp_path, monkey
     assert loaded == [judged["distilled"]]
 
 
-def test_only_two_unets_are_in_memory_for_latency(judged, make_config, tmp_path, monkeypatch) -> None:
-    config, out = make_config(), tmp_path / "evaluation"
-    evaluate(config, **judged, out=out, run=NoRun())
+def test_figures_name_what_they_depend_on(judged, make_config, tmp_path) -> None:
+    out = tmp_path / "evaluation"
+    evaluate(make_config(metrics=(Attributes(), Psnr())), **judged, out=out, run=NoRun())
+    assert json.loads((out / "metrics.json").read_text())["pinned"] == {
+        "sampler": "EulerDiscreteScheduler",
+        "steps": 2,
+        "guidance": 1.0,
+        "size": "32x32",
+        "count": 4,
+        "prompts": 4,
+        "seed": 7,
+        "dtype": "float32",
+        "metrics": {"attributes": {}, "psnr": {}},
+        "confidence": 0.95,
+        "resamples": 10_000,
+    }
+
+
+def test_one_model_is_in_memory_at_a_time(judged, make_config, tmp_path, monkeypatch) -> None:
+    """A pipeline and its U-Net are gone when the next is loaded."""
+    alive: list[weakref.ref] = []
     loaded = []
-    plain = module._load_unet
-    monkeypatch.setattr(module, "_load_unet", lambda folder, dtype: loaded.append(folder) or plain(folder, dtype))
-    monkeypatch.setattr(generate, "load", lambda *_: pytest.fail("a whole pipeline was loaded"))
-    evaluate(config, **judged, out=out, run=NoRun())
-    assert loaded == [judged["teacher"], judged["distilled"]]
+
+    def watched(load):
+        def watch(folder, dtype):
+            assert [ref() for ref in alive if ref() is not None] == [], "a model before it is alive"
+            model = load(folder, dtype)
+            alive.extend(weakref.ref(part) for part in {model, getattr(model, "unet", model)})
+            loaded.append((type(model).__name__, folder))
+            return model
+
+        return watch
+
+    monkeypatch.setattr(generate, "load", watched(generate.load))
+    monkeypatch.setattr(module, "_load_unet", watched(module._load_unet))
+    evaluate(make_config(), **judged, out=tmp_path / "evaluation", run=NoRun())
+    teacher, before, after = judged["teacher"], judged["student"], judged["distilled"]
+    pipelines = [("StableDiffusionXLPipeline", before), ("StableDiffusionXLPipeline", after)]
+    # The teacher's images are there: only its U-Net is loaded, before and after the student's.
+    assert loaded == pipelines + [("UNet2DConditionModel", folder) for folder in (teacher, after, teacher)]
+
+
+def test_a_machine_whose_speed_drifts_favours_neither(judged, make_config, tmp_path, monkeypatch) -> None:
+    """Equal U-Nets, each timed a tenth slower than the one before it."""
+    seconds = iter([1.0, 1.1, 1.2])
+    monkeypatch.setattr("koala.evaluate.latency.step_latency", lambda *_: next(seconds))
+    evaluate(make_config(), **judged, out=tmp_path / "evaluation", run=NoRun())
+    assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["speed_up"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ([1.0, math.nan, 1.0, 1.0], "the metric odd gives no number odd for image 1"),
+        ([1.0, None, 1.0, 1.0], "the metric odd gives no number odd for image 1"),
+        ([1.0], "the metric odd gives no number odd for each image: 1 values of 4"),
+    ],
+)
+def test_a_metric_gives_a_number_for_each_image(judged, make_config, tmp_path, values, line) -> None:
+    class Odd(Metric):
+        kind: str = "odd"
+
+        def measure(self, images, prompts, reference):
+            return {"odd": values}
+
+    with pytest.raises(KoalaError, match=line):
+        evaluate(make_config(metrics=(Odd(),)), **judged, out=tmp_path / "evaluation", run=NoRun())
 
 
 def test_a_reference_of_other_prompts_is_refused_before_any_work(judged, make_config, tmp_path, monkeypatch) -> None:

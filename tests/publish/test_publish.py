@@ -11,7 +11,7 @@ from koala import generate
 from koala.errors import KoalaError
 from koala.evaluate.config import SamplingConfig
 from koala.publish.config import PublishConfig
-from koala.publish.gate import shortfalls
+from koala.publish.gate import Requirement, judge
 from koala.publish.publish import publish
 from koala.publish.targets.base import Target
 from koala.publish.targets.folder import FolderTarget
@@ -24,6 +24,9 @@ METRICS = {
     "size_of_teacher": 0.31,
     "speed_up": 2.3,
     "share_of_teacher/attributes/all": 0.947,
+    "intervals": {"after": {"attributes/all": [0.861, 0.939]}, "share_of_teacher/attributes/all": [0.904, 0.991]},
+    "bounds": {"attributes/all": [0.868, 0.932], "share_of_teacher/attributes/all": [0.911, 0.983]},
+    "pinned": {"steps": 20, "sampler": "EulerDiscreteScheduler"},
 }
 PROVENANCE = {
     "stage": "distill",
@@ -36,7 +39,11 @@ PROVENANCE = {
 }
 CONFIG = PublishConfig(
     license="apache-2.0",
-    require={"attributes/all": 0.8},
+    require=(
+        Requirement(metric="attributes/all", at_least=0.8),
+        Requirement(metric="attributes/all", of="teacher", at_least=0.9),
+        Requirement(metric="unet_parameters", at_most=500),
+    ),
     sampling=SamplingConfig(steps=20, guidance=3.0, prompts=("a large red circle", "another")),
 )
 
@@ -53,13 +60,6 @@ def folders(tmp_path: Path, tiny_teacher: Path) -> dict[str, Path]:
     (evaluation / "summary.md").write_text("| model |\n| --- |\n| teacher |\n")
     (evaluation / "plots" / "grid.png").write_bytes(b"png")
     return {"distilled": distilled, "evaluation": evaluation}
-
-
-def test_gate_names_what_is_short() -> None:
-    assert shortfalls({"a": 0.9, "b": 0.5}, {"a": 0.9, "b": 0.6}) == ["b is 0.500, below 0.6"]
-    assert shortfalls({"a": float("nan")}, {"a": 0.0})  # not a number is not enough
-    with pytest.raises(KoalaError, match="'c', which was not measured: choose from a, b"):
-        shortfalls({"a": 1, "b": 1}, {"c": 0})
 
 
 def test_a_release_generates_what_the_student_generated(folders, tmp_path, recorder) -> None:
@@ -101,8 +101,18 @@ def test_a_release_holds_the_pipeline_its_card_and_its_figures(folders, tmp_path
         "released": True,
         "run_id": "r1",
         "commit": "abc",
-        "required": {"attributes/all": 0.8},
-        "reached": {"attributes/all": 0.9},
+        "rules": [
+            {"metric": "attributes/all", "at_least": 0.8, "value": 0.9, "bound": 0.868, "passed": True},
+            {
+                "metric": "attributes/all",
+                "of": "teacher",
+                "at_least": 0.9,
+                "value": 0.947,
+                "bound": 0.911,
+                "passed": True,
+            },
+            {"metric": "unet_parameters", "at_most": 500, "value": 310, "bound": None, "passed": True},
+        ],
         "targets": [],
     }
 
@@ -137,15 +147,46 @@ def test_a_pipeline_without_provenance_has_a_card_too(folders, tmp_path) -> None
     assert json.loads((tmp_path / "release" / "receipt.json").read_text())["run_id"] is None
 
 
-def test_a_student_below_the_threshold_is_not_released(folders, tmp_path, recorder) -> None:
-    config = PublishConfig(
-        license="apache-2.0", require={"attributes/all": 0.99}, targets=(FolderTarget(path=tmp_path / "shared"),)
+def test_a_student_that_misses_a_rule_is_not_released_and_every_verdict_is_kept(folders, tmp_path, recorder) -> None:
+    rules = (
+        Requirement(metric="attributes/all", of="teacher", at_least=0.93),  # the share is 0.947, its lower bound 0.911
+        Requirement(metric="attributes/all", at_least=0.8),
+        Requirement(metric="speed_up", at_least=2.5),
     )
-    with pytest.raises(KoalaError, match=r"koala-700m is not released: attributes/all is 0.900, below 0.99"):
+    config = PublishConfig(license="apache-2.0", require=rules, targets=(FolderTarget(path=tmp_path / "shared"),))
+    receipts = []
+    plain = recorder.artifact
+    recorder.artifact = lambda path, folder=None: (receipts.append(json.loads(path.read_text())), plain(path, folder))
+    with pytest.raises(KoalaError) as error:
         publish(config, **folders, out=tmp_path / "release", run=recorder)
+    assert str(error.value) == (
+        "koala-700m is not released (publish.require): attributes/all of teacher at least 0.93: 0.947, lower bound 0.911; "
+        "speed_up at least 2.5: 2.300: train it longer, or change the rule"
+    )
     assert not (tmp_path / "release").exists()
     assert not (tmp_path / "shared").exists()
-    assert recorder.tagged["released"] == "no"
+    assert recorder.tagged == {
+        "released": "no",
+        "gate/attributes/all of teacher at least 0.93": (
+            "failed: attributes/all of teacher at least 0.93: 0.947, lower bound 0.911"
+        ),
+        "gate/attributes/all at least 0.8": "passed",
+        "gate/speed_up at least 2.5": "failed: speed_up at least 2.5: 2.300",
+    }
+    assert recorder.logged["gate/share_of_teacher/attributes/all"] == 0.911
+    assert recorder.logged["gate/speed_up"] == 2.3
+    assert recorder.files == ["receipt.json"]
+    assert receipts[0]["released"] is False
+    assert [rule["passed"] for rule in receipts[0]["rules"]] == [False, True, False]
+
+
+def test_an_evaluation_without_bounds_is_refused(folders, tmp_path) -> None:
+    """One of an earlier version: its values alone must not open the gate."""
+    file = folders["evaluation"] / "metrics.json"
+    file.write_text(json.dumps({name: value for name, value in METRICS.items() if name != "bounds"}))
+    with pytest.raises(KoalaError, match=r"no bounds of attributes/all: run `koala evaluate` again"):
+        publish(CONFIG, **folders, out=tmp_path / "release", run=NoRun())
+    assert judge(json.loads(file.read_text()), CONFIG.require[2:])[0].passed  # a cost needs none
 
 
 def test_the_receipt_says_where_the_release_went(folders, tmp_path) -> None:

@@ -24,14 +24,21 @@ class Column:
     """Format string of a value, such as `{:.1%}`."""
 
     of_teacher: bool = False
-    """Also report the student's value as a share of the teacher's; for values of which more is better."""
+    """Also compare the student with its teacher; for values of which more is better."""
+
+    yes_no: bool = False
+    """Whether an image's value is 0 or 1."""
+
+    spread: float | None = None
+    """Of other values, assumed: the standard deviation, over prompts, of a good student's value less its teacher's, as a share
+    of the teacher's mean. By it a rule of the gate knows how many prompts it needs; None: it is not known."""
 
 
 class Metric(Config, ABC):
     """A measure of images; its kinds are subclasses, one file each."""
 
     columns: ClassVar[Mapping[str, Column]] = {}
-    """The measured values that the report's table shows, by name."""
+    """The scores that the report's table shows, by name."""
 
     kind: str
     """Name of the kind."""
@@ -39,11 +46,15 @@ class Metric(Config, ABC):
     def check(self, prompts: PromptSet) -> None:
         """Raise ValueError where the metric cannot be computed on images of `prompts`."""
 
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all scores that `measure` gives for a student."""
+        return tuple(self.columns)
+
     @abstractmethod
     def measure(
         self, images: "Sequence[Image]", prompts: Sequence[Prompt], reference: "Sequence[Image] | None"
-    ) -> dict[str, float]:
-        """Measure one model's images.
+    ) -> Mapping[str, Sequence[float]]:
+        """Measure each of one model's images. The means and their intervals are koala.evaluate.statistics's.
 
         Args:
             images: One image a prompt. Opened on access: hold only a few at a time.
@@ -51,7 +62,7 @@ class Metric(Config, ABC):
             reference: The teacher's images of the same prompts, or None where `images` are the teacher's.
 
         Returns:
-            Values by name. Empty where the metric says nothing of these images.
+            The value of each image, a finite number, by the score's name. Empty where the metric says nothing of these images.
         """
 
     def plots(self, measured: Mapping[str, Mapping[str, float]]) -> "dict[str, Figure]":

@@ -14,7 +14,7 @@ _LEAST_ERROR = 1e-3  # mean squared error counted for equal images, whose PSNR i
 
 
 class Psnr(Metric):
-    """Mean PSNR, in dB, of a student's images against the teacher's: `agreement_db`."""
+    """PSNR, in dB, of a student's images against the teacher's: `agreement_db`."""
 
     columns: ClassVar[Mapping[str, Column]] = {"agreement_db": Column("PSNR to teacher", "{:.1f} dB")}
 
@@ -23,18 +23,18 @@ class Psnr(Metric):
 
     def measure(
         self, images: "Sequence[Image]", prompts: Sequence[Prompt], reference: "Sequence[Image] | None"
-    ) -> dict[str, float]:
+    ) -> dict[str, list[float]]:
         """Return `agreement_db`, or nothing for the teacher itself."""
         return {} if reference is None else {"agreement_db": agreement(images, reference)}
 
 
-def agreement(images: "Sequence[Image]", reference: "Sequence[Image]") -> float:
-    """Return the mean PSNR in dB of 8-bit RGB images against those of the same index in `reference`."""
+def agreement(images: "Sequence[Image]", reference: "Sequence[Image]") -> list[float]:
+    """Return the PSNR in dB of each 8-bit RGB image against that of the same index in `reference`."""
     import numpy as np
 
     pairs = zip(images, reference, strict=True)
     errors = [np.mean((_pixels(image) - _pixels(other)) ** 2) for image, other in pairs]
-    return float(np.mean([10 * np.log10(255**2 / max(error, _LEAST_ERROR)) for error in errors]))
+    return [float(10 * np.log10(255**2 / max(error, _LEAST_ERROR))) for error in errors]
 
 
 def _pixels(image: "Image") -> "np.ndarray":

@@ -1,0 +1,176 @@
+"""Intervals of scores by a paired bootstrap over prompts, and the number of prompts that a verdict needs.
+
+A resample draws whole prompts, with all their seeds, since images of one prompt are not independent. All models are resampled
+by the same draws, so that what makes a prompt hard for both cancels in their difference and in their ratio.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+from koala.evaluate.config import DIFFERENCE, SHARE
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CONFIDENCE = 0.95
+"""Of an interval, which leaves out 2.5 % on each side, and of a bound, which leaves out 5 % on its own side."""
+
+RESAMPLES = 10_000
+TEACHER, STUDENT = "teacher", "after"
+
+_SEED = 0
+_AT_ONCE = 2_000_000  # draws in memory, each of 8 bytes
+_POWER = (
+    0.8  # of the verdicts on a student as good as its teacher that must let it pass: below, the rule decides nothing
+)
+# A yes/no score is assumed to be near 95 %, with 5 % of pairs in which one model is right and the other is not.
+_RIGHT, _DISCORDANT = 0.95, 0.05
+
+Scores = Mapping[str, Sequence[float]]
+"""Name of a score -> its value of each image."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with what its prompts leave open."""
+
+    value: float
+    """The figure of all images."""
+
+    interval: tuple[float, float]
+    """Two-sided 95 % interval."""
+
+    bounds: tuple[float, float]
+    """One-sided bounds of 95 % each: it is at least the first; it is at most the second."""
+
+
+def estimate(
+    prompts: Sequence[str], scores: Mapping[str, Scores], shared: Iterable[str], resamples: int = RESAMPLES
+) -> tuple[dict[str, dict[str, Estimate]], dict[str, Estimate]]:
+    """Return each model's mean scores, and the student's beside its teacher's.
+
+    Args:
+        prompts: The prompt of each image; images of equal prompts are resampled together.
+        scores: Model -> score -> value of each image.
+        shared: Scores to compare; the models `TEACHER` and `STUDENT` have them.
+        resamples: Draws of the prompts.
+
+    Returns:
+        Model -> score -> its mean; and the ratio and the difference of the means of `STUDENT` and `TEACHER`, by the names
+        `share_of_teacher/SCORE` and `difference_from_teacher/SCORE`.
+    """
+    import numpy as np
+
+    names = [(model, score) for model in scores for score in scores[model]]
+    values = np.array([scores[model][score] for model, score in names], dtype=float).reshape(len(names), len(prompts))
+    means = dict(zip(names, values.mean(axis=1), strict=True))
+    draws = dict(zip(names, resampled_means(prompts, values, resamples), strict=True))
+    count = len(set(prompts))
+    models: dict[str, dict[str, Estimate]] = {model: {} for model in scores}
+    for model, score in names:
+        models[model][score] = _estimate(means[model, score], draws[model, score], count)
+    compared = {}
+    for score in shared:
+        ours, theirs = (STUDENT, score), (TEACHER, score)
+        share = _estimate(ratio(means[ours], means[theirs]), ratio(draws[ours], draws[theirs]), count)
+        compared[f"{SHARE}/{score}"] = share
+        difference = _estimate(means[ours] - means[theirs], draws[ours] - draws[theirs], count)
+        compared[f"{DIFFERENCE}/{score}"] = difference
+    return models, compared
+
+
+def resampled_means(
+    prompts: Sequence[str], values: "np.ndarray", resamples: int = RESAMPLES, seed: int = _SEED, at_once: int = _AT_ONCE
+) -> "np.ndarray":
+    """Return the means of S series of N values over resamples of the prompts: S x `resamples`.
+
+    Args:
+        prompts: The prompt of each of the N values.
+        values: S x N.
+        resamples: Each draws as many prompts as there are, with replacement, by the same draws for all series.
+        seed: Of the draws.
+        at_once: Draws in memory at once. It does not change the result.
+    """
+    import numpy as np
+
+    _, group = np.unique(np.asarray(prompts), return_inverse=True)
+    sizes = np.bincount(group)
+    sums = np.array([np.bincount(group, weights=series) for series in values]).reshape(len(values), len(sizes))
+    random, prompt_count = np.random.default_rng(seed), len(sizes)
+    step = max(1, at_once // prompt_count)
+    means = np.empty((len(values), resamples))
+    for first in range(0, resamples, step):
+        rows = min(step, resamples - first)
+        # How often each prompt is drawn: R x prompts.
+        times = random.multinomial(prompt_count, np.full(prompt_count, 1 / prompt_count), size=rows)
+        means[:, first : first + rows] = (times @ sums.T / (times @ sizes)[:, None]).T
+    return means
+
+
+def ratio(one: "np.ndarray | float", other: "np.ndarray | float") -> "np.ndarray":
+    """Return one / other; 0 where the other is 0, of which there is no share."""
+    import numpy as np
+
+    one, other = np.broadcast_arrays(np.asarray(one, dtype=float), np.asarray(other, dtype=float))
+    share: np.ndarray = np.divide(one, other, out=np.zeros(other.shape), where=other != 0)
+    return share
+
+
+def _estimate(value: "np.ndarray | float", draws: "np.ndarray", prompts: int) -> Estimate:
+    import numpy as np
+
+    two_sided, one_sided = _tail((1 - CONFIDENCE) / 2, prompts), _tail(1 - CONFIDENCE, prompts)
+    low, lower, upper, high = np.quantile(draws, [two_sided, one_sided, 1 - one_sided, 1 - two_sided])
+    return Estimate(float(value), (float(low), float(high)), (float(lower), float(upper)))
+
+
+def _tail(share: float, prompts: int) -> float:
+    """Return the share of resamples to leave out on one side so that `share` is left out of the truth.
+
+    Resamples of few prompts spread too little. The percentile is expanded for it (Hesterberg 2015, "What Teachers Should Know
+    about the Bootstrap", section 4.4), with Student's quantile by its expansion (Abramowitz and Stegun 26.7.5).
+    """
+    free = prompts - 1
+    if free == 0:
+        return 0.0  # all resamples are equal
+    z = NormalDist().inv_cdf(share)
+    student = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    return NormalDist().cdf(math.sqrt(prompts / free) * student)
+
+
+def power(at_least: float, spread: float, prompts: int) -> float:
+    """Return how probably a student as good as its teacher passes: the lower bound of its share reaches `at_least`.
+
+    By the normal approximation. It takes a prompt's seeds for one image, since nothing is known of how they agree.
+
+    Args:
+        at_least: The share of the teacher's score that the student must keep.
+        spread: Standard deviation, over prompts, of the student's value less its teacher's, as a share of the teacher's mean.
+        prompts: Number of different prompts.
+    """
+    normal = NormalDist()
+    return normal.cdf((1 - at_least) * math.sqrt(prompts) / spread - normal.inv_cdf(CONFIDENCE))
+
+
+def resolvable(at_least: float, spread: float, prompts: int) -> bool:
+    """Return whether a student as good as its teacher passes in 80 of 100 evaluations or more (see `power`)."""
+    return power(at_least, spread, prompts) >= _POWER
+
+
+def prompts_needed(at_least: float, spread: float) -> int:
+    """Return the least number of prompts by which a share of `at_least`, below 1, is resolvable (see `power`)."""
+    normal = NormalDist()
+    return math.ceil((spread * (normal.inv_cdf(CONFIDENCE) + normal.inv_cdf(_POWER)) / (1 - at_least)) ** 2)
+
+
+def yes_no_spread(at_least: float) -> float:
+    """Return the spread of a yes/no score near 95 %, with 5 % of pairs discordant, as many for either model.
+
+    It is the standard deviation of `student - at_least x teacher`, whose mean decides whether the share is reached.
+    """
+    one_right = _DISCORDANT / 2
+    squares = one_right * (1 + at_least**2) + (_RIGHT - one_right) * (1 - at_least) ** 2
+    return math.sqrt(squares - (_RIGHT * (1 - at_least)) ** 2) / _RIGHT
