@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from koala.console import say
 from koala.errors import KoalaError
-from koala.evaluate import report
+from koala.evaluate import page, report
 from koala.evaluate.config import EvaluateConfig
 from koala.evaluate.images import generate_images, read_images
 from koala.evaluate.prompts import Prompt, seeded_prompts
@@ -31,9 +31,9 @@ def evaluate(
 ) -> None:
     """Measure `distilled` beside `teacher` and beside `student`, its weights before distillation.
 
-    `out` holds metrics.json, summary.md, summary.txt, plots/ (PNG) and curves/curves.csv. metrics.json gives each model's
-    values, those of `distilled` beside its teacher's, the 95 % `intervals` and one-sided 95 % `bounds` of scores, and what the
-    figures depend on (`pinned`).
+    `out` holds report.html, metrics.json, summary.md, summary.txt, plots/ (PNG) and curves/curves.csv. metrics.json
+    gives each model's values, those of `distilled` beside its teacher's, the 95 % `intervals` and one-sided 95 % `bounds` of
+    scores, and what the figures depend on (`pinned`).
 
     The students' images are kept in `out / STATE`: an interrupted call resumes, and metrics can be added without
     generating again. Another student needs another `out`.
@@ -72,13 +72,27 @@ def evaluate(
     }
     bounds = {name: figure.bounds for name, figure in {**scores["after"], **compared}.items()}
 
+    pinned = _pinned(config, distilled, images["after"], prompts)
     sections = {
         "intervals": {**{model: _intervals(scores[model]) for model in scores}, **_intervals(compared)},
         "bounds": bounds,
-        "pinned": _pinned(config, distilled, images["after"], prompts),
+        "pinned": pinned,
     }
     _write(out, distilled, {**measured, **derived, **sections})
     report.write(out, distilled.name, measured, scores, compared, images, prompts, config)
+    table = report.table(distilled.name, measured, scores, compared, config)
+    ranked_by = next(iter(shared), None)
+    page.write(
+        out / "report.html",
+        distilled.name,
+        table,
+        values,
+        ranked_by,
+        images,
+        prompts,
+        out / "plots",
+        pinned,
+    )
     _log(run, out, measured, derived, {f"lower_bound/{name}": lower for name, (lower, _) in bounds.items()})
     say((out / "summary.txt").read_text())
 
@@ -193,7 +207,7 @@ def _log(
 
     others = {f"{model}.{name}": value for model in ("teacher", "before") for name, value in measured[model].items()}
     run.metrics({**measured["after"], **derived, **bounds, **others})
-    for name in ("metrics.json", "summary.md", "summary.txt"):
+    for name in ("report.html", "metrics.json", "summary.md", "summary.txt"):
         run.artifact(out / name)
     for name in ("plots", "curves"):
         run.artifact(out / name, name)

@@ -69,7 +69,7 @@ def test_each_model_is_measured_on_its_own_images(judged, make_config, tmp_path,
     assert recorder.logged["before.projection"] == metrics["before"]["projection"]
     assert recorder.logged["teacher.step_ms"] == metrics["teacher"]["step_ms"]
     assert recorder.images == [("grid", 0)]
-    assert {"metrics.json", "summary.md", "summary.txt", "plots", "curves"} <= set(recorder.files)
+    assert {"report.html", "metrics.json", "summary.md", "summary.txt", "plots", "curves"} <= set(recorder.files)
 
 
 def test_the_evaluation_holds_what_dvc_declares_and_no_more(judged, make_config, tmp_path) -> None:
@@ -81,6 +81,7 @@ def test_the_evaluation_holds_what_dvc_declares_and_no_more(judged, make_config,
         "curves",
         "metrics.json",
         "plots",
+        "report.html",
         STATE,
         "summary.md",
         "summary.txt",

@@ -1,0 +1,150 @@
+"""The report as one HTML file: figures, images and curves in it, nothing fetched, no script.
+
+Prompts come from files and are shown as text only.
+"""
+
+import base64
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from koala.evaluate.prompts import Prompt
+from koala.evaluate.report import LABELS
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_EXTREMES = 5  # prompts at either end
+_THUMBNAIL = 224  # px, the longer side
+_PIXEL_ART = 96  # px: a smaller image is enlarged pixel by pixel
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1080px; padding: 0 1rem; color: #1b1b1b; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; margin: .8rem 0; } th { text-align: right; font-weight: 600; vertical-align: bottom; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #eee; text-align: right; } tr > :first-child { text-align: left; }
+img { max-width: 100%; image-rendering: auto; } .images td { text-align: left; vertical-align: top; }
+.images img { width: 160px; } .prompt { max-width: 22rem; } .note { color: #555; }
+"""
+
+
+def write(
+    file: Path,
+    student: str,
+    table: tuple[Sequence[str], Sequence[Sequence[str]]],
+    values: Mapping[str, Mapping[str, Sequence[float]]],
+    ranked_by: str | None,
+    images: "Mapping[str, Sequence[Image]]",
+    prompts: Sequence[Prompt],
+    plots: Path,
+    pinned: Mapping[str, Any],
+) -> None:
+    """Write the report.
+
+    Args:
+        file: Where it goes.
+        student: The student's name.
+        table: Column names and cells of the summary.
+        values: Model -> score -> value of each image.
+        ranked_by: The score by which prompts are the best and the worst; None for none.
+        images: Each model's images, by the keys of `values`.
+        prompts: What the images were generated from.
+        plots: The folder of the evaluation's plots (PNG): grid.png, curves.png, and those of metrics.
+        pinned: What the figures depend on.
+    """
+    parts = [
+        f"<h1>{escape(student)} beside its teacher</h1>",
+        _table(*table),
+        f'<p class="note">{len(prompts)} images of each model, the same prompts and seeds. '
+        "In parentheses: 95 % intervals, by a paired bootstrap over prompts.</p>",
+    ]
+    if ranked_by:
+        worst_first = _rank(prompts, values, ranked_by)
+        count = min(_EXTREMES, len(worst_first))
+        for title, chosen in (("Worst", worst_first[:count]), ("Best", worst_first[: -count - 1 : -1])):
+            parts.append(f"<h2>{title} prompts, by {escape(ranked_by)} less the teacher's</h2>")
+            parts.append(_rows(chosen, values, ranked_by, images, prompts))
+    for title, name in (("The same prompts and seeds", "grid"), ("Distillation", "curves")):
+        if (plots / f"{name}.png").is_file():
+            parts += [f"<h2>{title}</h2>", _png(plots / f"{name}.png", title)]
+    for plot in sorted(plots.glob("*.png")):
+        if plot.stem not in ("grid", "curves"):
+            parts += [f"<h2>{escape(plot.stem)}</h2>", _png(plot, plot.stem)]
+    parts += ["<h2>What the figures depend on</h2>", _table(("", ""), [(name, str(pinned[name])) for name in pinned])]
+    file.write_text(
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">"
+        f"<title>{escape(student)}</title><style>{_STYLE}</style></head><body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def _rank(
+    prompts: Sequence[Prompt], values: Mapping[str, Mapping[str, Sequence[float]]], score: str
+) -> list[tuple[float, int]]:
+    """Return, the worst first, each prompt's mean of the student's score less its teacher's, with its first image's index."""
+    numbers: dict[str, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        numbers.setdefault(prompt.text, []).append(number)
+    ours, theirs = values["after"][score], values["teacher"][score]
+    return sorted(
+        (sum(ours[number] - theirs[number] for number in own) / len(own), _most_different(own, ours, theirs))
+        for own in numbers.values()
+    )
+
+
+def _most_different(numbers: Sequence[int], ours: Sequence[float], theirs: Sequence[float]) -> int:
+    return max(numbers, key=lambda number: abs(ours[number] - theirs[number]))
+
+
+def _rows(
+    chosen: Iterable[tuple[float, int]],
+    values: Mapping[str, Mapping[str, Sequence[float]]],
+    score: str,
+    images: "Mapping[str, Sequence[Image]]",
+    prompts: Sequence[Prompt],
+) -> str:
+    """Return a table of prompts with each model's image and its score."""
+    head = "".join(
+        f"<th>{escape(name)}</th>" for name in ("prompt", "difference", *(LABELS[model] for model in images))
+    )
+    rows = []
+    for difference, number in chosen:
+        cells = [
+            f'<td class="prompt">{escape(prompts[number].text)}<br><span class="note">seed {prompts[number].seed}</span>'
+        ]
+        cells.append(f"<td>{difference:+.3g}")
+        for model, series in images.items():
+            shown = f"<br>{values[model][score][number]:.3g}" if score in values[model] else ""
+            cells.append(f"<td>{_thumbnail(series[number], prompts[number].text)}{shown}")
+        rows.append(f"<tr>{''.join(f'{cell}</td>' for cell in cells)}</tr>")
+    return f'<table class="images"><tr>{head}</tr>{"".join(rows)}</table>'
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _thumbnail(image: "Image", text: str) -> str:
+    from PIL import Image
+
+    longer = max(image.size)
+    factor = _THUMBNAIL // longer if longer < _PIXEL_ART else min(1.0, _THUMBNAIL / longer)
+    size = (max(round(image.width * factor), 1), max(round(image.height * factor), 1))
+    how = Image.Resampling.NEAREST if longer < _PIXEL_ART else Image.Resampling.LANCZOS
+    content = io.BytesIO()
+    image.convert("RGB").resize(size, how).save(content, "PNG")
+    return _image(content.getvalue(), text)
+
+
+def _png(file: Path, text: str) -> str:
+    return _image(file.read_bytes(), text)
+
+
+def _image(content: bytes, text: str) -> str:
+    return f'<img alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'

@@ -1,0 +1,90 @@
+"""The report as one HTML file."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from koala.evaluate import page
+from koala.evaluate.prompts import Prompt
+
+PROMPTS = [Prompt("a <script>alert(1)</script> cat", 5), Prompt("a dog & a cow", 6), Prompt("a dog & a cow", 7)]
+GREY = {"teacher": 10, "before": 20, "after": 30}
+VALUES = {
+    "teacher": {"score": [0.5, 0.9, 0.9]},
+    "before": {"score": [0.1, 0.1, 0.1]},
+    "after": {"score": [0.75, 0.8, 0.1], "agreement_db": [1.0, 2.0, 3.0]},
+}
+
+
+class Parsed(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.words.append(data.strip())
+
+    def images(self) -> list[Image.Image]:
+        sources = [str(attributes["src"]) for tag, attributes in self.tags if tag == "img"]
+        return [Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2]))) for source in sources]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> str:
+    plots = tmp_path / "plots"
+    plots.mkdir()
+    for name, side in (("grid", 7), ("curves", 8), ("attributes", 9)):
+        Image.new("RGB", (side, side)).save(plots / f"{name}.png")
+    images = {
+        model: [Image.new("RGB", (32, 16), (grey, number, 0)) for number in range(3)] for model, grey in GREY.items()
+    }
+    table = (["model", "score"], [["teacher", "76.7% (50.0-90.0)"], ["koala after", "55.0% (40.0-75.0)"]])
+    file = tmp_path / "report.html"
+    page.write(file, "koala", table, VALUES, "score", images, PROMPTS, plots, {"sampler": "Euler", "seed": 5})
+    return file.read_text()
+
+
+def test_the_page_fetches_nothing_and_runs_nothing(written: str) -> None:
+    parsed = Parsed(written)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in parsed.tags}
+    assert all(
+        str(attributes["src"]).startswith("data:image/png;base64,") for tag, attributes in parsed.tags if tag == "img"
+    )
+    assert not re.search(r"https?://", written)
+    assert "default-src 'none'" in written
+    assert any("a <script>alert(1)</script> cat" in words for words in parsed.words)  # as text
+
+
+def test_the_page_holds_figures_plots_and_what_they_depend_on(written: str) -> None:
+    parsed = Parsed(written)
+    for words in ("76.7% (50.0-90.0)", "sampler", "Euler", "attributes"):
+        assert words in parsed.words
+    assert [image.size for image in parsed.images()[-3:]] == [(7, 7), (8, 8), (9, 9)]
+
+
+def test_prompts_are_ranked_by_their_mean_difference_with_the_images_of_each_model(written: str) -> None:
+    parsed = Parsed(written)
+    differences = [words for words in parsed.words if re.fullmatch(r"[+-]0\.\d+", words)]
+    assert differences == ["-0.45", "+0.25", "+0.25", "-0.45"]  # worst first, then best first; two seeds of one prompt
+    shown = [image.convert("RGB").getpixel((0, 0)) for image in parsed.images()[:6]]
+    assert shown == [(grey, 2, 0) for grey in GREY.values()] + [(grey, 0, 0) for grey in GREY.values()]
+    assert parsed.images()[0].size == (224, 112)
+    assert "seed 7" in parsed.words
+
+
+def test_without_a_score_of_which_more_is_better_there_is_no_ranking(tmp_path: Path) -> None:
+    images = {model: [Image.new("RGB", (8, 8))] * 3 for model in GREY}
+    (tmp_path / "plots").mkdir()
+    page.write(tmp_path / "r.html", "koala", ([], []), VALUES, None, images, PROMPTS, tmp_path / "plots", {})
+    assert "Worst" not in (tmp_path / "r.html").read_text()
