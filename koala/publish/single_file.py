@@ -106,11 +106,18 @@ def write_unet(folder: Path, file: Path, *, title: str, license: str, dtype: str
         _write(file, _in(dict(_tensors(folder, "unet", opened)), dtype, folder), spec)
 
 
+def image_side(folder: Path) -> int:
+    """Return the side of the images that a pipeline generates, in pixels."""
+    latent: int = read_json(folder / "unet" / "config.json").get("sample_size") or SDXL["sample_size"]
+    levels = len(read_json(folder / "vae" / "config.json")["block_out_channels"])
+    return latent * int(2 ** (levels - 1))
+
+
 def _model_spec(scheduler: Mapping[str, Any], folder: Path, title: str, license: str) -> dict[str, str]:
     """Return the fields of Stability AI's ModelSpec 1.0.0."""
-    side = read_json(folder / "unet" / "config.json").get("sample_size", 128)
-    side *= 2 ** (len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)
+    side = image_side(folder)
     return {
+        "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-xl-v1-base",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",

@@ -98,7 +98,12 @@ def test_names_by_hand() -> None:
     assert rename(old.format(2)) == old.format(1)
     for text in ("lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha", "text_encoder_2.x.lora_A.weight"):
         assert rename(text) == text
-    for unknown in ("lora_unet_nothing.alpha", "unet.down_blocks.3.resnets.0.conv1.lora_A.weight", "transformer.x"):
+    for unknown in (
+        "unet.up_blocks.0.attentions.20.proj_in.lora_A.weight",
+        "lora_unet_nothing.alpha",
+        "unet.down_blocks.3.resnets.0.conv1.lora_A.weight",
+        "transformer.x",
+    ):
         with pytest.raises(KeyError):
             rename(unknown)
 
