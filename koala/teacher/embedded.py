@@ -1,7 +1,7 @@
 """Single files that hold their own configurations and tokenizers, as koala writes them: they are read without the Hub.
 
 Two entries of the safetensors header carry them: CONFIGURATIONS, a JSON mapping of path to content, and TOKENIZERS, such a
-mapping of texts, compressed (SDXL's vocabularies are 6 MB as text).
+mapping of texts, compressed (SDXL's vocabularies are megabytes as text).
 """
 
 import json
@@ -55,23 +55,32 @@ def metadata(file: Path) -> dict[str, str]:
 
 
 def is_embedded(file: Path) -> bool:
-    """Return whether a single file holds the configurations of a whole pipeline."""
-    return {CONFIGURATIONS, TOKENIZERS} <= metadata(file).keys()
+    """Return whether a single file holds its configurations."""
+    return CONFIGURATIONS in metadata(file)
 
 
 def embedded(file: Path) -> dict[str, Any]:
-    """Return the configurations in a single file, by path: `{"unet/config.json": {...}, ...}`."""
-    return _mapping(metadata(file).get(CONFIGURATIONS, "{}"), file)
+    """Return the configurations in a single file, by path: `{"unet/config.json": {...}, ...}`.
+
+    Raises KoalaError where they are not those of a whole pipeline.
+    """
+    packed = metadata(file)
+    found = _mapping(packed[CONFIGURATIONS], file)
+    if TOKENIZERS not in packed or not {MODEL_INDEX, *(f"{part}/config.json" for part in MODELS)} <= found.keys():
+        raise KoalaError(
+            f"{file} is not a whole pipeline (a U-Net's file?): give the file or folder of the whole model"
+        )
+    return found
 
 
 def unpack(file: Path, to: Path) -> None:
     """Write the configurations and tokenizers in a single file into the folder `to`."""
-    packed = metadata(file)
+    texts = {name: json.dumps(value, indent=2) + "\n" for name, value in embedded(file).items()}
     try:
-        plain = lzma.LZMADecompressor().decompress(b64decode(packed[TOKENIZERS]), _TEXT_LIMIT).decode()
+        packed = b64decode(metadata(file)[TOKENIZERS])
+        plain = lzma.LZMADecompressor().decompress(packed, _TEXT_LIMIT).decode()
     except (lzma.LZMAError, ValueError):
         raise KoalaError(f"{file}: its tokenizers cannot be read: fetch it again") from None
-    texts = {name: json.dumps(value, indent=2) + "\n" for name, value in embedded(file).items()}
     for name, text in {**texts, **_mapping(plain, file)}.items():
         if not _NAME.fullmatch(name) or not isinstance(text, str):
             raise KoalaError(
