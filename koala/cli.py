@@ -196,6 +196,20 @@ def inspect(
         command.inspect(model, size, as_json, plot)
 
 
+@app.command("convert-lora", rich_help_panel=TOOLS)
+def convert_lora(
+    lora: Annotated[
+        Path, typer.Argument(metavar="FILE", help="a LoRA for SDXL, under diffusers', peft's or kohya's names")
+    ],
+    to: Annotated[str, typer.Option(help="a student of params.yaml, ssd-1b, vega, bk-base, or a student's folder")],
+    out: Annotated[Path, typer.Option(help="the new .safetensors file")],
+) -> None:
+    """Rename a LoRA for a student; list what the student lacks."""
+    from koala.convert import convert_lora as command
+
+    command(lora, to, out)
+
+
 @app.command(rich_help_panel=TOOLS)
 def params(
     schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of params.yaml")] = False,

@@ -63,6 +63,8 @@ def check_model(model: str | Path) -> None:
 def load(model: str | Path, dtype: str | None = None) -> "StableDiffusionXLPipeline":
     """Load a model folder, a `.safetensors` file of the original layout, or a Hub repository, onto `device()`.
 
+    A file that koala released holds its own configurations and tokenizers; any other takes SDXL's, from the Hub.
+
     Args:
         model: A path, or `owner/name` of a Hub repository.
         dtype: The weights' type; left out, `default_dtype()`.
@@ -74,11 +76,15 @@ def load(model: str | Path, dtype: str | None = None) -> "StableDiffusionXLPipel
     import torch
     from diffusers import StableDiffusionXLPipeline
 
+    from koala.teacher.embedded import is_embedded, load_pipeline
+
     hide_loading_bars()
     path = Path(model).expanduser()
     kind = getattr(torch, dtype or default_dtype())
     try:
-        if path.is_file():
+        if path.is_file() and is_embedded(path):
+            pipeline = load_pipeline(path, kind)
+        elif path.is_file():
             pipeline = StableDiffusionXLPipeline.from_single_file(path, dtype=kind)
         else:
             pipeline = StableDiffusionXLPipeline.from_pretrained(

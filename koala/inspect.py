@@ -29,7 +29,7 @@ def inspect(target: str, size: int = 1024, as_json: bool = False, plot: Path | N
     folder, of which only configurations are read. `plot` is a file for a bar plot. Raises KoalaError for a target that is
     none of these, and for a size that the VAE cannot divide.
     """
-    rule = _rule(target)
+    rule = rule_of(target)
     from koala.unet.cost import student_cost, unet_cost
 
     latent_size = _latent_size(size, VAE_FACTOR)
@@ -83,7 +83,7 @@ def _title(student: str, params: Params) -> str:
     return f"Memory of training {student} at profile {params.profile} on machine {params.machine}, one device"
 
 
-def _rule(target: str) -> StudentRule | None:
+def rule_of(target: str) -> StudentRule | None:
     """Return the rule that a name stands for; None for a folder. Raises KoalaError where it is neither."""
     if target in RULES:
         return RULES[target]

@@ -64,7 +64,14 @@ HOUSEKEEPING = {
     "koala/unet/reference.py",
 }
 # Building the student is a stage of its own: distillation takes its folder, and of its code only how that is read.
-OF_OTHER_STAGES = {"distill": {"koala/unet/student.py", "koala/unet/blocks.py", "koala/unet/weights.py"}}
+# Single files are read by the stage `teacher`: these stages take folders. It takes of a student's rule only how a U-Net's
+# configuration is read.
+OF_OTHER_STAGES = {
+    "distill": {"koala/unet/student.py", "koala/unet/blocks.py", "koala/unet/weights.py"},
+    "teacher": {"koala/unet/blocks.py"},
+    "reference": {"koala/teacher/embedded.py"},
+    "evaluate": {"koala/teacher/embedded.py"},
+}
 
 
 def imports(file: str) -> Iterator[str]:

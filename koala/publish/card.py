@@ -1,6 +1,7 @@
 """The model card, rendered from metrics and provenance."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from koala.publish.config import PublishConfig
@@ -24,11 +25,36 @@ pipeline = StableDiffusionXLPipeline.from_pretrained("PATH-OR-NAME", use_safeten
 pipeline("{prompt}", num_inference_steps={steps}, guidance_scale={guidance:g}).images[0].save("image.png")
 ```
 
-## How it was made
+{files}## How it was made
 
 {origin}
 """
 _EXAMPLE = "a photograph of a red fox in the snow"
+
+
+@dataclass(frozen=True)
+class SingleFiles:
+    """The single files of a release, by name, and the class as which ComfyUI recognises the student."""
+
+    checkpoint: str | None
+    unet: str | None
+    workflow: str | None
+    recognised: str | None
+
+    @property
+    def remark(self) -> str:
+        """Say what front ends make of the checkpoint."""
+        if self.recognised:
+            return f"ComfyUI recognises it as {self.recognised}"
+        return "ComfyUI and its relatives do not recognise this shape: it loads in diffusers and koala only"
+
+
+NO_FILES = SingleFiles(None, None, None, None)
+
+
+def example(config: PublishConfig) -> str:
+    """Return the prompt of the card's example."""
+    return next(iter(config.sampling.prompts), _EXAMPLE)
 
 
 def render(
@@ -38,6 +64,7 @@ def render(
     training: Mapping[str, Any],
     table: str,
     config: PublishConfig,
+    files: SingleFiles = NO_FILES,
 ) -> str:
     """Return the card's text, with a `model-index` of what was measured in its header.
 
@@ -48,6 +75,7 @@ def render(
         training: Provenance of the training; empty where there is none.
         table: The report's table in markdown.
         config: Licence, base model and the example's sampling.
+        files: The release's single files.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -69,7 +97,7 @@ def render(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         base_model=config.base_model,
-        tags=["koala", "distillation", "stable-diffusion-xl"],
+        tags=["koala", "distillation", "stable-diffusion-xl", *_tags(files)],
         eval_results=results,
     )
     body = _BODY.format(
@@ -80,12 +108,32 @@ def render(
         speed=derived["speed_up"],
         license=config.license,
         table=table,
-        prompt=next(iter(config.sampling.prompts), _EXAMPLE),
+        prompt=example(config),
         steps=config.sampling.steps,
         guidance=config.sampling.guidance,
+        files=_files(files),
         origin=_origin(training),
     )
     return f"---\n{header.to_yaml()}\n---\n{body}"
+
+
+def _tags(files: SingleFiles) -> list[str]:
+    return ["diffusion-single-file"] * bool(files.checkpoint) + ["comfyui"] * bool(files.recognised)
+
+
+def _files(files: SingleFiles) -> str:
+    """Return the card's section on single files; empty where there are none."""
+    if not files.checkpoint:
+        return ""
+    lines = [
+        "## Single files\n",
+        f"- `{files.checkpoint}`: the whole model in SDXL's original layout, float16. {files.remark}. "
+        "It holds its configurations and tokenizers: `koala generate` reads it offline.",
+        f"- `{files.unet}`: the U-Net under diffusers' names, float16, for loaders of diffusion models.",
+    ]
+    if files.workflow:
+        lines.append(f"- `{files.workflow}`: a ComfyUI workflow (API format) with the example above.")
+    return "\n".join(lines) + "\n\n"
 
 
 def _origin(training: Mapping[str, Any]) -> str:

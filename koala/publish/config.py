@@ -23,5 +23,8 @@ class PublishConfig(Config):
     targets: tuple[SerializeAsAny[Target], ...] = ()
     """Places that the release is sent to."""
 
+    single_file: bool = True
+    """Whether the release also holds the pipeline as one file in SDXL's original layout, and its U-Net as another, in float16."""
+
     sampling: SamplingConfig = SamplingConfig()
     """Steps, guidance and prompt of the card's example."""

@@ -12,8 +12,11 @@ from koala.errors import KoalaError
 from koala.publish import card
 from koala.publish.config import PublishConfig
 from koala.publish.gate import Verdict, judge
+from koala.publish.portable import make_portable
 from koala.publish.versions import RECEIPT
+from koala.publish.workflow import workflow
 from koala.run import STATE, Run
+from koala.teacher.shape import read_json
 
 TRAINING = "training.json"
 
@@ -21,8 +24,10 @@ TRAINING = "training.json"
 def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path, run: Run) -> None:
     """Make the release in `out`, and send it to the targets.
 
-    `out` holds the pipeline's folders, README.md (the card), metrics.json, grid.png, training.json (provenance of the
-    training, where `distilled` has one) and receipt.json (the verdict of each rule, and what the targets answered).
+    `out` holds the pipeline's folders, README.md (the card), metrics.json, report.html, grid.png, training.json (provenance of the
+    training, where `distilled` has one) and receipt.json (the verdict of each rule, and what the targets answered). Unless
+    `single_file` is off, it also holds NAME.safetensors, NAME-unet.safetensors and, where ComfyUI recognises the
+    student, NAME-comfyui.json.
 
     Args:
         config: The gate, the card and the targets.
@@ -55,8 +60,10 @@ def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path,
         raise KoalaError(f"{name} is not released (publish.require): {missed}: train it longer, or change the rule")
 
     _copy(distilled, evaluation, out)
+    make_portable(out)
+    files = _single_files(config, out, name) if config.single_file else card.NO_FILES
     table = (evaluation / "summary.md").read_text()
-    (out / "README.md").write_text(card.render(name, metrics, derived, training, table, config))
+    (out / "README.md").write_text(card.render(name, metrics, derived, training, table, config, files))
     _write(out / RECEIPT, receipt)
     for target in config.targets:
         receipt["targets"].append({"kind": target.kind, **target.send(out, name)})
@@ -89,14 +96,34 @@ def _training(distilled: Path) -> dict[str, Any]:
     return training
 
 
+def _single_files(config: PublishConfig, out: Path, name: str) -> card.SingleFiles:
+    """Write the single files, and the workflow where there is a front end for it."""
+    from koala.publish.single_file import image_side, recognised_as, write_checkpoint, write_unet
+
+    checkpoint, unet = f"{name}.safetensors", f"{name}-unet.safetensors"
+    write_checkpoint(out, out / checkpoint, title=name, license=config.license)
+    write_unet(out, out / unet, title=name, license=config.license)
+    recognised = recognised_as(read_json(out / "unet" / "config.json"))
+    files = card.SingleFiles(checkpoint, unet, f"{name}-comfyui.json" if recognised else None, recognised)
+    say(f"publish: {checkpoint}: {files.remark}")
+    if files.workflow:
+        scheduler = read_json(out / "scheduler" / "scheduler_config.json")
+        trailing = scheduler.get("timestep_spacing") == "trailing"
+        prompt = card.example(config)
+        _write(out / files.workflow, workflow(checkpoint, prompt, config.sampling, image_side(out), trailing))
+    return files
+
+
 def _copy(distilled: Path, evaluation: Path, out: Path) -> None:
     """Fill `out` with the pipeline, the metrics, the grid, and the provenance of the training, where there is one."""
     _clear(out)
     shutil.copyfile(distilled / "model_index.json", out / "model_index.json")
     for component in json.loads((distilled / "model_index.json").read_text()):
         if (distilled / component).is_dir():
-            shutil.copytree(distilled / component, out / component)
-    shutil.copyfile(evaluation / "metrics.json", out / "metrics.json")
+            # Writable, though DVC's files are read-only.
+            shutil.copytree(distilled / component, out / component, copy_function=shutil.copyfile)
+    for figures in ("metrics.json", "report.html"):
+        shutil.copyfile(evaluation / figures, out / figures)
     shutil.copyfile(evaluation / "plots" / "grid.png", out / "grid.png")
     if (distilled / "provenance.json").is_file():
         shutil.copyfile(distilled / "provenance.json", out / TRAINING)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator
 
 from koala.config import Config
-from koala.teacher.shape import SDXL_SHAPE, TeacherShape, clip_parameters, shape_of
+from koala.teacher.shape import SDXL_SHAPE, TeacherShape, clip_parameters, shape_from, shape_of
 from koala.teacher.vocabulary import byte_pairs
 
 if TYPE_CHECKING:
@@ -139,8 +139,8 @@ class FileTeacher(PretrainedTeacher):
     path: Path
     """The .safetensors file."""
     config: Path | None = None
-    """Pipeline folder whose configurations and tokenizers the file has; weights in it are not read. None: SDXL's, which are
-    fetched from the Hub."""
+    """Pipeline folder whose configurations and tokenizers the file has; weights in it are not read. None: those that the file
+    itself holds, if koala wrote it, or else SDXL's, which are fetched from the Hub."""
 
     _is_safetensors = field_validator("path")(_safetensors)
 
@@ -150,8 +150,18 @@ class FileTeacher(PretrainedTeacher):
         return str(self.path)
 
     def shape(self) -> TeacherShape:
-        """Return the shape that `config` gives, or SDXL's. Raises KoalaError if `config` is not a pipeline."""
-        return shape_of(self.config) if self.config else SDXL_SHAPE
+        """Return the shape that `config` gives, or the file itself, or SDXL's.
+
+        Raises KoalaError if `config` is not a pipeline.
+        """
+        if self.config:
+            return shape_of(self.config)
+        from koala.teacher.embedded import embedded, is_embedded
+
+        if not is_embedded(self.path):
+            return SDXL_SHAPE
+        found = embedded(self.path)
+        return shape_from(lambda part: found[f"{part}/config.json"])
 
 
 class ImageSet(Config):

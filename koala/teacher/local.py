@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from koala.console import hide_loading_bars, say
 from koala.errors import KoalaError
+from koala.teacher.embedded import is_embedded, load_part, unpack
 from koala.teacher.layout import MODEL_INDEX, MODELS, configurations, read_index, weights
+from koala.teacher.shape import read_json
 from koala.teacher.source import Source, place, save_weights
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 SDXL_REPOSITORY = "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_REVISION = "462165984030d82259a11f4367a4eed129e94a7b"
-"""Where a single file's configurations and tokenizers come from, if no folder is named."""
+"""Where a single file's configurations and tokenizers come from, if no folder is named and the file does not hold them."""
 
 _UNET = "model.diffusion_model."
 # A key of each part that tells SDXL's original layout from any other. A VAE may be left out of a file.
@@ -60,14 +62,18 @@ class FolderSource:
 
 
 class FileSource:
-    """A single .safetensors file, whose configurations and tokenizers another source gives."""
+    """A single .safetensors file.
 
-    def __init__(self, file: Path, configurations: Source) -> None:
+    Its configurations and tokenizers come from the source that is named for them, or else from the file itself, if koala
+    wrote it, or else from `default`.
+    """
+
+    def __init__(self, file: Path, named: Source | None, default: Source) -> None:
         self._file = file
-        self._configurations = configurations
+        self._named, self._default = named, default
 
     def configurations(self, to: Path) -> None:
-        """Write the other source's configurations into the folder `to`.
+        """Write the configurations into the folder `to`.
 
         Raises KoalaError if there is no such file.
         """
@@ -75,7 +81,10 @@ class FileSource:
             raise KoalaError(f"the teacher's {self._file} is a folder, not a file: set `kind: folder`")
         if not self._file.is_file():
             raise KoalaError(f"there is no teacher at {self._file}: give a .safetensors file of SDXL's original layout")
-        self._configurations.configurations(to)
+        if self._named is None and is_embedded(self._file):
+            unpack(self._file, to)
+        else:
+            (self._named or self._default).configurations(to)
 
     def weights(self, to: Path, parts: Collection[str]) -> None:
         """Convert the weights of `parts` to diffusers' names in `to`, each part in the dtype that it has in the file.
@@ -88,6 +97,11 @@ class FileSource:
         dtypes = self._check(to, parts)
         say(f"teacher: converting {self._file}")
         hide_loading_bars()
+        if is_embedded(self._file):
+            for part in parts:
+                config = read_json(to / part / "config.json")
+                save_weights(load_part(self._file, part, config, dtypes[part] or torch.float32), to / part)
+            return
         # One dtype for all parts needs no detour. float32 holds every value of the others.
         common = {dtype for dtype in dtypes.values() if dtype}
         try:
@@ -126,8 +140,6 @@ class FileSource:
         """
         import torch
         from safetensors import SafetensorError, safe_open
-
-        from koala.teacher.shape import read_json
 
         try:
             with safe_open(self._file, "pt") as tensors:

@@ -1,7 +1,7 @@
 """Shape of a teacher: what other stages need to know before its weights are read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,14 @@ def shape_of(folder: Path) -> TeacherShape:
 
     Raises KoalaError if one of them is missing or is not JSON.
     """
-    vae, text, text_2 = (read_json(folder / name / "config.json") for name in ("vae", "text_encoder", "text_encoder_2"))
+    return shape_from(lambda name: read_json(folder / name / "config.json"))
+
+
+def shape_from(configuration: Callable[[str], Mapping[str, Any]]) -> TeacherShape:
+    """Return the shape of a pipeline, from a function that gives the configuration of each part."""
+    vae, text, text_2 = map(configuration, ("vae", "text_encoder", "text_encoder_2"))
     return TeacherShape(
-        unet=read_json(folder / "unet" / "config.json"),
+        unet=configuration("unet"),
         latent_factor=2 ** (len(vae.get("block_out_channels", (64,))) - 1),
         tokens=text.get("max_position_embeddings", TEXT_TOKENS),
         text_parameters=clip_parameters(text) + clip_parameters(text_2, projection=True),

@@ -106,7 +106,7 @@ def _source(config: PretrainedTeacher, state: Path) -> Source:
         return FolderSource(config.path)
     if isinstance(config, FileTeacher):
         of_sdxl = HubSource(SDXL_REPOSITORY, SDXL_REVISION, state / "hub")
-        return FileSource(config.path, FolderSource(config.config) if config.config else of_sdxl)
+        return FileSource(config.path, FolderSource(config.config) if config.config else None, of_sdxl)
     raise TypeError(f"no source for a teacher of kind {config.kind}")
 
 

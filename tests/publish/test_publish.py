@@ -59,6 +59,7 @@ def folders(tmp_path: Path, tiny_teacher: Path) -> dict[str, Path]:
     (evaluation / "metrics.json").write_text(json.dumps(METRICS))
     (evaluation / "summary.md").write_text("| model |\n| --- |\n| teacher |\n")
     (evaluation / "plots" / "grid.png").write_bytes(b"png")
+    (evaluation / "report.html").write_text("<p>a report</p>")
     return {"distilled": distilled, "evaluation": evaluation}
 
 
@@ -76,11 +77,14 @@ def test_a_release_generates_what_the_student_generated(folders, tmp_path, recor
     weights = sorted(path.relative_to(folders["distilled"]) for path in folders["distilled"].rglob("*.safetensors"))
     assert len(weights) == 4
     for file in weights:
-        ours, theirs = load_file(release / file), load_file(folders["distilled"] / file)
+        ours, theirs = (
+            {name.removeprefix("text_model."): tensor for name, tensor in load_file(folder / file).items()}
+            for folder in (release, folders["distilled"])
+        )
         assert ours.keys() == theirs.keys(), file
         assert all((ours[name] == theirs[name]).all() for name in theirs), file
     kinds = {path.suffix for path in release.rglob("*") if path.is_file()}
-    assert kinds <= {".json", ".txt", ".md", ".png", ".safetensors"}
+    assert kinds <= {".json", ".txt", ".md", ".html", ".png", ".safetensors"}
     assert recorder.tagged["released"] == "yes"
     assert set(recorder.files) == {"receipt.json", "README.md"}
 
@@ -92,7 +96,16 @@ def test_a_release_holds_the_pipeline_its_card_and_its_figures(folders, tmp_path
     (release / STATE).mkdir()
     publish(CONFIG, **folders, out=release, run=NoRun())
     components = {path.name for path in folders["distilled"].iterdir() if path.is_dir()}
-    files = {"model_index.json", "README.md", "metrics.json", "grid.png", "training.json", "receipt.json"}
+    files = {
+        "model_index.json",
+        "README.md",
+        "metrics.json",
+        "report.html",
+        "grid.png",
+        "training.json",
+        "receipt.json",
+    }
+    files |= {"koala-700m.safetensors", "koala-700m-unet.safetensors"}  # no workflow: no front end knows the tiny shape
     assert {path.name for path in release.iterdir()} == components | files | {STATE}
     assert not (release / "unet" / "old.safetensors").exists()
     assert json.loads((release / "training.json").read_text()) == PROVENANCE
@@ -216,3 +229,71 @@ def test_a_target_of_a_user_needs_no_change_elsewhere(folders, tmp_path) -> None
     assert sent == [("koala-700m", True)]
     receipt = json.loads((tmp_path / "release" / "receipt.json").read_text())
     assert receipt["targets"] == [{"kind": "remember", "version": "1"}]
+
+
+def test_a_release_loads_under_transformers_4_too(folders, tmp_path) -> None:
+    """It wants CLIP-L's prefixed names, and vocab.json and merges.txt: what its slow tokenizer reads is read here."""
+    from safetensors import safe_open
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    release, text = tmp_path / "release", "a large red circle on a white background"
+    publish(CONFIG, **folders, out=release, run=NoRun())
+    with safe_open(release / "text_encoder/model.safetensors", "pt") as tensors:
+        assert all(name.startswith("text_model.") for name in list(tensors.keys()))
+        assert tensors.metadata() == {"format": "pt"}
+    _, found = CLIPTextModel.from_pretrained(release / "text_encoder", output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    for name in ("tokenizer", "tokenizer_2"):
+        vocabulary = json.loads((release / name / "vocab.json").read_text())
+        version, *merges = (release / name / "merges.txt").read_text().strip().split("\n")
+        assert version.startswith("#version")
+        rebuilt = CLIPTokenizer(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges])
+        own = CLIPTokenizer.from_pretrained(folders["distilled"] / name)
+        assert (
+            rebuilt(text).input_ids
+            == own(text).input_ids
+            == CLIPTokenizer.from_pretrained(release / name)(text).input_ids
+        )
+
+
+def test_the_single_file_of_a_release_generates(folders, tmp_path) -> None:
+    release = tmp_path / "release"
+    publish(CONFIG, **folders, out=release, run=NoRun())
+    sampling, prompts = SamplingConfig(steps=2, guidance=2.0), [("a large red circle on a white background", 3)]
+    images = [
+        np.asarray(generate.generate(generate.load(model, "float32"), prompts, sampling)[0], int)
+        for model in (folders["distilled"], release / "koala-700m.safetensors")
+    ]
+    assert np.abs(images[0] - images[1]).max() <= 4  # weights rounded to float16
+    card = (release / "README.md").read_text()
+    assert "`koala-700m.safetensors`: the whole model" in card
+    assert "do not recognise this shape" in card
+    assert "diffusion-single-file" in card
+    assert "comfyui" not in card.partition("# koala-700m")[0]
+
+
+def test_single_files_may_be_left_out(folders, tmp_path) -> None:
+    publish(CONFIG.model_copy(update={"single_file": False}), **folders, out=tmp_path / "release", run=NoRun())
+    assert not list((tmp_path / "release").glob("*.safetensors"))
+    assert "single" not in (tmp_path / "release" / "README.md").read_text().lower()
+
+
+def test_a_student_that_comfyui_recognises_has_a_workflow(folders, tmp_path, monkeypatch) -> None:
+    from koala.publish import single_file
+
+    monkeypatch.setattr(single_file, "recognised_as", lambda _: "KOALA_700M")
+    release = tmp_path / "release"
+    publish(CONFIG, **folders, out=release, run=NoRun())
+    graph = json.loads((release / "koala-700m-comfyui.json").read_text())
+    for node in graph.values():  # every link leads to a node
+        assert all(value[0] in graph for value in node["inputs"].values() if isinstance(value, list))
+    sample = graph["sample"]["inputs"]
+    assert (sample["steps"], sample["cfg"], sample["sampler_name"], sample["scheduler"]) == (20, 3.0, "euler", "normal")
+    assert graph["checkpoint"]["inputs"] == {"ckpt_name": "koala-700m.safetensors"}
+    assert graph[sample["negative"][0]]["class_type"] == "ConditioningZeroOut"
+    assert graph["prompt"]["inputs"]["text"] == "a large red circle"
+    card = (release / "README.md").read_text()
+    assert "ComfyUI recognises it as KOALA_700M" in card
+    assert "`koala-700m-comfyui.json`" in card
+    assert "- comfyui\n" in card
