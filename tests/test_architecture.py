@@ -200,8 +200,8 @@ class NoteTarget(Target):
         return {"file": self.file}
 """,
         (
-            "Target = FolderTarget",
-            'Target = Annotated[FolderTarget | NoteTarget, Field(discriminator="kind")]',
+            "Target = Annotated[FolderTarget | S3Target",
+            "Target = Annotated[FolderTarget | S3Target | NoteTarget",
             "from koala.publish.targets.note import NoteTarget",
         ),
         """
@@ -212,6 +212,7 @@ evaluation = Path("evaluation"); (evaluation / "plots").mkdir(parents=True); Pat
 measured = {"unet_parameters": 1, "step_ms": 1.0}
 metrics = {"teacher": measured, "before": measured, "after": measured, "size_of_teacher": 1.0, "speed_up": 1.0}
 (evaluation / "metrics.json").write_text(json.dumps(metrics))
+(evaluation / "report.html").touch()
 (evaluation / "summary.md").write_text("| model |")
 (evaluation / "plots/grid.png").write_bytes(b"png")
 publish(load(params).config("publish"), distilled=teacher, evaluation=evaluation, out=Path("release"), run=NoRun())

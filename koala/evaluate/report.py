@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from koala.console import text_table
 from koala.evaluate.config import SHARE, EvaluateConfig
 from koala.evaluate.prompts import Prompt
 from koala.evaluate.statistics import Estimate
@@ -49,7 +50,7 @@ def write(
 
     columns, cells = table(student, measured, scores, compared, config)
     (out / "summary.md").write_text(_markdown(columns, cells))
-    (out / "summary.txt").write_text(_text(columns, cells))
+    (out / "summary.txt").write_text(text_table(columns, cells))
     plots = out / "plots"
     plots.mkdir(exist_ok=True)
     # Sample rows at golden-ratio steps, so that a few rows cover most of the cycled prompts.
@@ -108,15 +109,3 @@ def _label(model: str, student: str) -> str:
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in [columns, *rows]) for column in range(len(columns))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [columns, ["-" * width for width in widths], *rows]
-    ]
-    return "\n".join(lines) + "\n"

@@ -2,17 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 
-from koala.console import say, show
+from koala.console import say, show, text_table
 from koala.errors import KoalaError
 from koala.publish.targets.base import Shelf, Target
 
 
 def show_releases(targets: Sequence[Target], students: Sequence[str]) -> None:
     """Print a table of all versions of the students at the targets."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("student", "target", "version", "files", "size", "", box=None)
+    rows = []
     for student in students:
         for kind, shelf in _shelves(targets, student):
             latest = shelf.latest()
@@ -20,9 +17,9 @@ def show_releases(targets: Sequence[Target], students: Sequence[str]) -> None:
                 files = shelf.manifest(version).files
                 size = sum(file.size for file in files.values())
                 mark = "latest" if version == latest else ""
-                table.add_row(student, kind, version, str(len(files)), f"{size / 1e6:,.1f} MB", mark)
-    if table.row_count:
-        Console().print(table)
+                rows.append([student, kind, version, str(len(files)), f"{size / 1e6:,.1f}", mark])
+    if rows:
+        show(text_table(["student", "target", "version", "files", "MB", ""], rows).rstrip())
     else:
         show(f"no release of {', '.join(students)} yet: publish one (`koala publish STUDENT`)")
 

@@ -32,10 +32,10 @@ def latest(target: FolderTarget) -> str:
 
 def test_all_versions_are_shown_with_the_latest(target: FolderTarget, capsys: pytest.CaptureFixture[str]) -> None:
     show_releases([target], ["koala-700m", "koala-1b"])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert lines == [
-        ["koala-700m", "folder", "v1", "1", "0.0", "MB"],
-        ["koala-700m", "folder", "v2", "1", "0.0", "MB", "latest"],
+        ["koala-700m", "folder", "v1", "1", "0.0"],
+        ["koala-700m", "folder", "v2", "1", "0.0", "latest"],
     ]
     show_releases([target], ["koala-1b"])
     assert "no release of koala-1b yet" in capsys.readouterr().out
