@@ -93,6 +93,7 @@ def test_every_stage_runs_once(reproduced: str, project: Path) -> None:
         assert set(metrics) >= {"teacher", "before", "after", "size_of_teacher", "speed_up"}
         assert 0 < metrics["size_of_teacher"] < 0.8
         assert (project / f"artifacts/smoke/release/{student}/model_index.json").is_file()
+        assert json.loads((project / f"releases/smoke/{student}/latest.json").read_text())["version"] == "v1"
         assert (
             (project / f"artifacts/smoke/distilled/{student}/curves.csv")
             .read_text()
