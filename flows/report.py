@@ -10,6 +10,7 @@ from koala import tracking
 from koala.console import show
 
 GRID = Path("plots", "grid.png")
+REPORT = Path("report.html")
 
 
 def headline(metrics: Path) -> dict[str, float]:
@@ -21,7 +22,7 @@ def headline(metrics: Path) -> dict[str, float]:
 
 
 def make_artifacts(student: str, stages: list[Stage], run: tracking.StageRun) -> None:
-    """Make the summary, the image grid, and links to the release and to the MLflow run.
+    """Make the summary, the image grid, and links to the report, to the release and to the MLflow run.
 
     Their keys stay the same from run to run, so that Prefect keeps their history. The flow's MLflow run takes the headline
     figures, so that two flows compare by ticking their rows.
@@ -30,7 +31,7 @@ def make_artifacts(student: str, stages: list[Stage], run: tracking.StageRun) ->
     figures = headline(evaluation / "metrics.json")
     run.metrics(figures)
     tracking.choose_columns(run.id, figures, ["student", "machine"])
-    for name in ("summary.md", GRID):
+    for name in (Path("summary.md"), GRID, REPORT):
         run.artifact(evaluation / name)
     create_markdown_artifact(
         key=f"{student}-summary",
@@ -42,6 +43,12 @@ def make_artifacts(student: str, stages: list[Stage], run: tracking.StageRun) ->
         key=f"{student}-grid",
         description="The same prompts and seeds: the teacher, the student before distillation, the student after",
         image_url=tracking.artifact_address(run.id, GRID.name),
+    )
+    create_link_artifact(
+        key=f"{student}-report",
+        description="Figures with their intervals, the best and the worst prompts, images, curves",
+        link=tracking.artifact_address(run.id, REPORT.name),
+        link_text="Report",
     )
     create_link_artifact(
         key=f"{student}-mlflow",
@@ -61,6 +68,7 @@ def show_report(student: str, stages: list[Stage]) -> None:
     """Show the summary as a table, and where the images and the release are."""
     evaluation = _evaluation(student, stages)
     show(f"\n{student}\n\n{(evaluation / 'summary.txt').read_text()}")
+    show(f"Report:  {evaluation / REPORT}")
     show(f"Images:  {evaluation / GRID}")
     show(f"Release: {_release(student, stages)}")
 

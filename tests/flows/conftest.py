@@ -42,6 +42,7 @@ stages:
       metrics: ["artifacts/${profile}/evaluation/${key}/metrics.json"]
       outs:
         - artifacts/${profile}/evaluation/${key}/plots
+        - artifacts/${profile}/evaluation/${key}/report.html
         - artifacts/${profile}/evaluation/${key}/summary.md
         - artifacts/${profile}/evaluation/${key}/summary.txt
   publish:
@@ -74,6 +75,7 @@ if "evaluation" in out.parts:
     (out / "plots/grid.png").write_bytes(b"an image")
     (out / "metrics.json").write_text(json.dumps({METRICS!r}))
     (out / "summary.md").write_text("| model | size |\\n|---|---|\\n| teacher | 6 M |")
+    (out / "report.html").write_text("<p>a report</p>")
     (out / "summary.txt").write_text("model    size\\n-------  ----\\nteacher   6 M\\n")
 if Path("do.py").exists():
     exec(Path("do.py").read_text())

@@ -121,14 +121,14 @@ def test_the_run_ends_with_artifacts_and_a_parent_run(
 ) -> None:
     wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[finished.id]))
     artifacts = {artifact.key: str(artifact.data) for artifact in client.read_artifacts(artifact_filter=wanted)}
-    assert set(artifacts) == {"koala-a-summary", "koala-a-grid", "koala-a-mlflow", "koala-a-release"}
+    assert set(artifacts) == {f"koala-a-{name}" for name in ("summary", "grid", "report", "mlflow", "release")}
     assert "| teacher | 6 M |" in artifacts["koala-a-summary"]
     assert str(finished.project / "artifacts/demo/release/koala-a") in artifacts["koala-a-release"]
 
     (run,) = mlflow_runs(mlflow_store, finished.id)
     assert run.info.status == "FINISHED"
     logged = {file.path for file in MlflowClient(tracking_uri=mlflow_store).list_artifacts(run.info.run_id)}
-    assert logged == {"grid.png", "summary.md"}
+    assert logged == {"grid.png", "report.html", "summary.md"}
     assert artifacts["koala-a-grid"].endswith(f"/get-artifact?path=grid.png&run_uuid={run.info.run_id}")
     assert run.info.run_id in artifacts["koala-a-mlflow"]
 
@@ -241,6 +241,7 @@ def test_the_program_is_killed_and_interrupted_without_a_trace_and_resumes(
     log = (project / "log").read_text()
     assert "model    size\n-------  ----\nteacher   6 M" in log
     for student in ("koala-a", "koala-b"):
+        assert f"Report:  artifacts/demo/evaluation/{student}/report.html" in log
         assert f"Images:  artifacts/demo/evaluation/{student}/plots/grid.png" in log
         assert f"Release: artifacts/demo/release/{student}" in log
     assert "make serve" in log
