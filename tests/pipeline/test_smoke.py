@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 STUDENTS = ("koala-700m", "koala-1b")
 Run = Callable[..., str]
 
+pytestmark = pytest.mark.timeout(1200)  # the first test to come runs all stages
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -68,7 +70,7 @@ def run(project: Path, koala: Path) -> Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=500,
+            timeout=1000,
         )
         assert result.returncode == 0, result.stdout[-3000:]
         return result.stdout
