@@ -23,9 +23,10 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1080px; padding: 0 1rem; color: #1b1b1b; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
 table { border-collapse: collapse; margin: .8rem 0; } th { text-align: right; font-weight: 600; vertical-align: bottom; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #eee; text-align: right; } tr > :first-child { text-align: left; }
-img { max-width: 100%; image-rendering: auto; } .images td { text-align: left; vertical-align: top; }
-.images img { width: 160px; } .prompt { max-width: 22rem; } .note { color: #555; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #eee; text-align: right; }
+td { white-space: nowrap; } tr > :first-child { text-align: left; }
+img { max-width: 100%; image-rendering: auto; } .images th, .images td { text-align: left; vertical-align: top; }
+.images img { width: 160px; } .images .prompt { width: 20rem; white-space: normal; } .note { color: #555; }
 """
 
 
@@ -60,11 +61,13 @@ def write(
         "In parentheses: 95 % intervals, by a paired bootstrap over prompts.</p>",
     ]
     if ranked_by:
-        worst_first = _rank(prompts, values, ranked_by)
-        count = min(_EXTREMES, len(worst_first))
-        for title, chosen in (("Worst", worst_first[:count]), ("Best", worst_first[: -count - 1 : -1])):
+        ranked = _rank(prompts, values, ranked_by)  # the worst first
+        below, above = [one for one in ranked if one[0] < 0], [one for one in reversed(ranked) if one[0] > 0]
+        for title, chosen, word in (("Worst", below, "below"), ("Best", above, "above")):
             parts.append(f"<h2>{title} prompts, by {escape(ranked_by)} less the teacher's</h2>")
-            parts.append(_rows(chosen, values, ranked_by, images, prompts))
+            parts.append(f'<p class="note">{len(chosen)} of {len(ranked)} prompts are {word} the teacher.</p>')
+            if chosen:
+                parts.append(_rows(student, chosen[:_EXTREMES], values, ranked_by, images, prompts))
     for title, name in (("The same prompts and seeds", "grid"), ("Distillation", "curves")):
         if (plots / f"{name}.png").is_file():
             parts += [f"<h2>{title}</h2>", _png(plots / f"{name}.png", title)]
@@ -101,6 +104,7 @@ def _most_different(numbers: Sequence[int], ours: Sequence[float], theirs: Seque
 
 
 def _rows(
+    student: str,
     chosen: Iterable[tuple[float, int]],
     values: Mapping[str, Mapping[str, Sequence[float]]],
     score: str,
@@ -109,7 +113,8 @@ def _rows(
 ) -> str:
     """Return a table of prompts with each model's image and its score."""
     head = "".join(
-        f"<th>{escape(name)}</th>" for name in ("prompt", "difference", *(LABELS[model] for model in images))
+        f"<th>{escape(name)}</th>"
+        for name in ("prompt", "difference", *(LABELS[model].replace("student", student) for model in images))
     )
     rows = []
     for difference, number in chosen:

@@ -76,7 +76,9 @@ def test_the_page_holds_figures_plots_and_what_they_depend_on(written: str) -> N
 def test_prompts_are_ranked_by_their_mean_difference_with_the_images_of_each_model(written: str) -> None:
     parsed = Parsed(written)
     differences = [words for words in parsed.words if re.fullmatch(r"[+-]0\.\d+", words)]
-    assert differences == ["-0.45", "+0.25", "+0.25", "-0.45"]  # worst first, then best first; two seeds of one prompt
+    assert differences == ["-0.45", "+0.25"]  # the worst and the best; the two seeds of a prompt are one
+    assert "1 of 2 prompts are below the teacher." in parsed.words
+    assert "koala before distillation" in parsed.words
     shown = [image.convert("RGB").getpixel((0, 0)) for image in parsed.images()[:6]]
     assert shown == [(grey, 2, 0) for grey in GREY.values()] + [(grey, 0, 0) for grey in GREY.values()]
     assert parsed.images()[0].size == (224, 112)
