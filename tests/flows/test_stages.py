@@ -51,7 +51,7 @@ def test_a_stage_carries_what_dvc_yaml_says_of_it(project: Path) -> None:
     assert (knead.name, knead.upstream, knead.retries) == ("knead", (), 1)
     assert (heat.name, heat.retries) == ("heat", 0)
     assert evaluate.upstream == ("heat", "knead")
-    assert len(evaluate.outs) == 4
+    assert len(evaluate.outs) == 5
     assert evaluate.folder == Path("artifacts/demo/evaluation/koala-a")
     assert publish.outs == (Path("artifacts/demo/release/koala-a"),)
     assert publish.folder == publish.outs[0]
