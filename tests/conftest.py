@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,8 +35,13 @@ SLOW = (
     "distill/test_trainer.py",
     "distill/test_validation.py",
     "distill/test_float8.py",
+    "evaluate/test_evaluate.py",
     "flows/",
     "pipeline/",
+    "publish/test_lora.py",
+    "publish/test_releases.py",
+    "publish/test_single_file.py",
+    "publish/test_targets.py",
     "test_cli.py",
     "test_dvc.py",
     "test_examples.py",
@@ -234,3 +240,35 @@ def distillable(workspace: Path, artifacts: Artifacts) -> Path:
     shutil.copytree(artifacts.latents, made / "latents")
     shutil.copytree(artifacts.students, made / "student")
     return workspace
+
+
+@pytest.fixture
+def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+    """An empty S3 server on loopback, which boto3 finds by the environment; gives its host and port."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", b"").close()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    yield host, port
+    server.stop()
+
+
+@pytest.fixture
+def forget_credentials(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Take all that could give credentials for S3 out of the environment."""
+
+    def forget() -> None:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+        monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+
+    return forget

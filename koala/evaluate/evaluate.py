@@ -79,8 +79,7 @@ def evaluate(
         "pinned": pinned,
     }
     _write(out, distilled, {**measured, **derived, **sections})
-    report.write(out, distilled.name, measured, scores, compared, images, prompts, config)
-    table = report.table(distilled.name, measured, scores, compared, config)
+    table = report.write(out, distilled.name, measured, scores, compared, images, prompts, config)
     ranked_by = next(iter(shared), None)
     page.write(
         out / "report.html",

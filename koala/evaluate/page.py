@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koala.evaluate.prompts import Prompt
-from koala.evaluate.report import LABELS
+from koala.evaluate.report import label
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -113,8 +113,7 @@ def _rows(
 ) -> str:
     """Return a table of prompts with each model's image and its score."""
     head = "".join(
-        f"<th>{escape(name)}</th>"
-        for name in ("prompt", "difference", *(LABELS[model].replace("student", student) for model in images))
+        f"<th>{escape(name)}</th>" for name in ("prompt", "difference", *(label(model, student) for model in images))
     )
     rows = []
     for difference, number in chosen:

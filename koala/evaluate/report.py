@@ -33,8 +33,8 @@ def write(
     images: "Mapping[str, Sequence[Image]]",
     prompts: Sequence[Prompt],
     config: EvaluateConfig,
-) -> None:
-    """Write summary.txt, summary.md, plots/grid.png and the metrics' plots to `out`.
+) -> tuple[list[str], list[list[str]]]:
+    """Write summary.txt, summary.md, plots/grid.png and the metrics' plots to `out`. Return the table (see `table`).
 
     Args:
         out: The folder of the evaluation.
@@ -57,10 +57,11 @@ def write(
     chosen = sorted({int(row * 0.618034 % 1 * len(prompts)) for row in range(config.grid_rows)})
     columns_of_grid = {LABELS[model]: [series[number] for number in chosen] for model, series in images.items()}
     grid([prompts[number].text for number in chosen], columns_of_grid).save(plots / "grid.png")
-    labelled = {_label(model, student): values for model, values in measured.items()}
+    labelled = {label(model, student): values for model, values in measured.items()}
     for metric in config.metrics:
         for name, figure in metric.plots(labelled).items():
             figure.savefig(plots / f"{name}.png", dpi=120)
+    return columns, cells
 
 
 def table(
@@ -83,7 +84,7 @@ def table(
     figures = {**scores, "after": {**scores["after"], **compared}}
     rows = [
         [
-            _label(model, student),
+            label(model, student),
             f"{values['unet_parameters']:,.0f}",
             f"{values['unet_parameters'] / teacher['unet_parameters']:.0%}",
             f"{values['step_ms']:.1f}",
@@ -102,7 +103,8 @@ def _with_interval(figure: Estimate | None, form: str) -> str:
     return f"{form.format(figure.value)} ({low}-{high})"
 
 
-def _label(model: str, student: str) -> str:
+def label(model: str, student: str) -> str:
+    """Return what a report calls a model of `LABELS`: the student by its name."""
     return LABELS[model].replace("student", student)
 
 

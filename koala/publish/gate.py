@@ -62,12 +62,12 @@ class Verdict:
 
     @property
     def judged(self) -> float:
-        """The figure that decides."""
+        """Return the figure that decides."""
         return self.value if self.bound is None else self.bound
 
     @property
     def passed(self) -> bool:
-        """Whether the rule is met; not by NaN."""
+        """Return whether the rule is met; NaN meets none."""
         rule = self.rule
         least, most = rule.at_least, rule.at_most
         return (least is None or self.judged >= least) and (most is None or self.judged <= most)

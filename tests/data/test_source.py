@@ -1,6 +1,6 @@
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -177,23 +177,12 @@ def test_names_that_img2dataset_takes_are_refused() -> None:
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+def s3(s3_server: tuple[str, int]) -> str:
     boto3.client("s3").create_bucket(Bucket="lists")
-    yield "lists"
-    server.stop()
+    return "lists"
 
 
-def test_tables_from_s3(out: Path, recorder: Any, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_from_s3(out: Path, recorder: Any, s3: str, forget_credentials: Callable[[], None]) -> None:
     client = boto3.client("s3")
     for name in ("a.parquet", "b.jsonl"):
         client.upload_file(str(write(Path(name))), s3, f"some/folder/{name}")
@@ -208,11 +197,7 @@ def test_tables_from_s3(out: Path, recorder: Any, s3: str, monkeypatch: pytest.M
         with pytest.raises(KoalaError, match=f"^cannot fetch {location} from S3: "):
             make(out, recorder, kind="s3", location=location)
 
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    forget_credentials()
     with pytest.raises(KoalaError, match="no credentials for S3: set AWS_ACCESS_KEY_ID"):
         make(out, recorder, kind="s3", location="s3://lists/some/folder/a.parquet")
 

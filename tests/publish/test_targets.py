@@ -3,7 +3,6 @@
 import http.client
 import json
 import threading
-import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -90,27 +89,17 @@ class _Forward(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    proxy = Proxy(server.get_host_and_port())
+def proxy(s3_server: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    proxy = Proxy(s3_server)
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(module, "PART_BYTES", PART)
-    urllib.request.urlopen(f"http://127.0.0.1:{proxy.server_port}/moto-api/reset", b"").close()
     boto3.client("s3").create_bucket(Bucket="models")
     yield proxy
     proxy.shutdown()
     thread.join()
     proxy.server_close()
-    server.stop()
 
 
 @pytest.fixture
@@ -295,9 +284,7 @@ def test_a_version_is_claimed_once(release: Path, bucket: S3Target, proxy: Proxy
     assert read("v2/README.md") == b"a card"
 
 
-def test_what_cannot_be_is_one_line(
-    release: Path, bucket: S3Target, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_is_one_line(release: Path, bucket: S3Target, forget_credentials: Callable[[], None]) -> None:
     with pytest.raises(KoalaError, match=r"no such bucket: create it, or put publish.targets.s3.location right"):
         S3Target(location="s3://nobodys/x").send(release, "koala")
     boto3.client("s3").put_object(Bucket="models", Key="releases/koala/latest.json", Body=b"[]")
@@ -306,10 +293,6 @@ def test_what_cannot_be_is_one_line(
     for location in ("models/x", "https://models/x", "s3://"):
         with pytest.raises(ValidationError, match="write it as s3://bucket/prefix"):
             S3Target(location=location)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    forget_credentials()
     with pytest.raises(KoalaError, match="no credentials for s3://models/releases: set AWS_ACCESS_KEY_ID"):
         bucket.send(release, "koala")
