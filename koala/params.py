@@ -40,6 +40,7 @@ from koala.evaluate.metrics.clip_score import ClipScore
 from koala.evaluate.metrics.psnr import Psnr
 from koala.evaluate.prompts import FilePrompts
 from koala.evaluate.statistics import power, prompts_needed, resolvable, yes_no_spread
+from koala.publish import approvals
 from koala.publish.config import PublishConfig
 from koala.publish.targets.folder import FolderTarget
 from koala.publish.targets.s3 import S3Target
@@ -112,7 +113,7 @@ class Profile(Config):
         for rule in self.publish.require:
             choices = shared if rule.of else [*self.evaluate.scores(), *COSTS]
             if rule.metric not in choices:
-                share = " of the teacher" if rule.of else ""
+                share = f" of the {rule.of}" if rule.of else ""
                 raise ValueError(
                     f"publish.require names {rule.metric!r}{share}, which evaluate.metrics does not measure: "
                     f"choose from {', '.join(choices) or 'nothing'}"
@@ -201,6 +202,7 @@ class Params:
     recipe: Profile
     _machine: Machine
     _distill: Mapping[str, DistillConfig]
+    _approvals: tuple[approvals.Approval, ...]
 
     @property
     def threads(self) -> int | None:
@@ -218,12 +220,19 @@ class Params:
         self.student(student)
         return self._distill[student]
 
+    @property
+    def publish(self) -> PublishConfig:
+        """What a student must reach to be released, with the verdicts that a person overruled."""
+        return self.recipe.publish.model_copy(update={"sampling": self.recipe.sampling, "approvals": self._approvals})
+
     def config(self, stage: str, student: str | None = None) -> Config:
         """Return the configuration of a stage, with this machine's settings and the profile's sampling in it."""
         if stage == "student":
             return self.student(str(student))
         if stage == "distill":
             return self.distill(str(student))
+        if stage == "publish":
+            return self.publish
         section: Config = getattr(self.recipe, "evaluate" if stage == "reference" else stage)
         shared = {"machine": getattr(self._machine, "evaluate" if stage == "reference" else stage, None)}
         shared["sampling"] = self.recipe.sampling
@@ -245,8 +254,10 @@ def load(path: Path = FILE, profile: str | None = None, machine: str | None = No
     host = _chosen(path, "machine", machine or os.environ.get(MACHINE) or document.machine, document.machines)
     recipe, chosen = document.profiles[name], document.machines[host]
     for section in Profile.model_fields:
-        for field in {"machine", "sampling"} & set(getattr(getattr(recipe, section), "model_fields_set", ())):
-            home = "machines.NAME" if field == "machine" else f"profiles.{name}.sampling"
+        homes = {"machine": "machines.NAME", "sampling": f"profiles.{name}.sampling", "approvals": str(approvals.FILE)}
+        for field, home in homes.items():
+            if field not in getattr(getattr(recipe, section), "model_fields_set", ()):
+                continue
             raise KoalaError(f"{path}: profiles.{name}.{section}.{field}: it stands under {home}: move it there")
     students = {
         each: StudentConfig(unet=row.unet, init_from=row.student.init_from) for each, row in document.students.items()
@@ -254,7 +265,7 @@ def load(path: Path = FILE, profile: str | None = None, machine: str | None = No
     distill = {each: _recipe(path, each, values, name, recipe, chosen) for each in students}
     for each, config in distill.items():
         _check(path, name, each, config, students[each], recipe)
-    return Params(name, host, students, recipe.requires, recipe, chosen, distill)
+    return Params(name, host, students, recipe.requires, recipe, chosen, distill, approvals.read())
 
 
 def schema() -> dict[str, Any]:

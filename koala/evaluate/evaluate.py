@@ -17,6 +17,8 @@ from koala.evaluate.config import EvaluateConfig
 from koala.evaluate.images import generate_images, read_images
 from koala.evaluate.prompts import Prompt, seeded_prompts
 from koala.evaluate.statistics import CONFIDENCE, RESAMPLES, Estimate, estimate
+from koala.evaluate.values import FILE as VALUES
+from koala.evaluate.values import Values
 from koala.run import STATE, Run
 
 if TYPE_CHECKING:
@@ -31,9 +33,9 @@ def evaluate(
 ) -> None:
     """Measure `distilled` beside `teacher` and beside `student`, its weights before distillation.
 
-    `out` holds report.html, metrics.json, summary.md, summary.txt, plots/ (PNG) and curves/curves.csv. metrics.json
-    gives each model's values, those of `distilled` beside its teacher's, the 95 % `intervals` and one-sided 95 % `bounds` of
-    scores, and what the figures depend on (`pinned`).
+    `out` holds report.html, metrics.json, values.parquet, summary.md, summary.txt, plots/ (PNG), samples/ (the student's
+    images of the grid) and curves/curves.csv. metrics.json gives each model's values, those of `distilled` beside its
+    teacher's, the 95 % `intervals` and one-sided 95 % `bounds` of scores, and what the figures depend on (`pinned`).
 
     The students' images are kept in `out / STATE`: an interrupted call resumes, and metrics can be added without
     generating again. Another student needs another `out`.
@@ -79,6 +81,7 @@ def evaluate(
         "pinned": pinned,
     }
     _write(out, distilled, {**measured, **derived, **sections})
+    Values(prompts, values).write(out / VALUES)
     table = report.write(out, distilled.name, measured, scores, compared, images, prompts, config)
     ranked_by = next(iter(shared), None)
     page.write(

@@ -1,14 +1,17 @@
 """The report of an evaluation: the table (text and markdown), the grid of images, and the metrics' plots."""
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from koala.console import text_table
 from koala.evaluate.config import SHARE, EvaluateConfig
+from koala.evaluate.images import image_file
 from koala.evaluate.prompts import Prompt
 from koala.evaluate.statistics import Estimate
+from koala.evaluate.values import SAMPLES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,7 +37,7 @@ def write(
     prompts: Sequence[Prompt],
     config: EvaluateConfig,
 ) -> tuple[list[str], list[list[str]]]:
-    """Write summary.txt, summary.md, plots/grid.png and the metrics' plots to `out`. Return the table (see `table`).
+    """Write summary.txt, summary.md, plots/grid.png, the metrics' plots and samples/ to `out`. Return the table (see `table`).
 
     Args:
         out: The folder of the evaluation.
@@ -57,6 +60,10 @@ def write(
     chosen = sorted({int(row * 0.618034 % 1 * len(prompts)) for row in range(config.grid_rows)})
     columns_of_grid = {LABELS[model]: [series[number] for number in chosen] for model, series in images.items()}
     grid([prompts[number].text for number in chosen], columns_of_grid).save(plots / "grid.png")
+    shutil.rmtree(out / SAMPLES, ignore_errors=True)
+    (out / SAMPLES).mkdir()
+    for number in chosen:
+        images["after"][number].save(image_file(out / SAMPLES, number))
     labelled = {label(model, student): values for model, values in measured.items()}
     for metric in config.metrics:
         for name, figure in metric.plots(labelled).items():

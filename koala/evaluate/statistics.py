@@ -75,11 +75,26 @@ def estimate(
     compared = {}
     for score in shared:
         ours, theirs = (STUDENT, score), (TEACHER, score)
-        share = _estimate(ratio(means[ours], means[theirs]), ratio(draws[ours], draws[theirs]), count)
-        compared[f"{SHARE}/{score}"] = share
+        kept = _estimate(ratio(means[ours], means[theirs]), ratio(draws[ours], draws[theirs]), count)
+        compared[f"{SHARE}/{score}"] = kept
         difference = _estimate(means[ours] - means[theirs], draws[ours] - draws[theirs], count)
         compared[f"{DIFFERENCE}/{score}"] = difference
     return models, compared
+
+
+def share(prompts: Sequence[str], ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
+    """Return the ratio of the means of two models' scores.
+
+    Args:
+        prompts: The prompt of each image.
+        ours: The value of each image of a model.
+        theirs: Those of the model that it is compared with, of the same prompts and seeds.
+    """
+    import numpy as np
+
+    values = np.array([ours, theirs], dtype=float)
+    (our_draws, their_draws), (our_mean, their_mean) = resampled_means(prompts, values), values.mean(axis=1)
+    return _estimate(ratio(our_mean, their_mean), ratio(our_draws, their_draws), len(set(prompts)))
 
 
 def resampled_means(

@@ -4,6 +4,7 @@ from pydantic import SerializeAsAny
 
 from koala.config import Config
 from koala.evaluate.config import SamplingConfig
+from koala.publish.approvals import Approval
 from koala.publish.gate import Requirement
 from koala.publish.targets.base import Target
 
@@ -13,6 +14,9 @@ class PublishConfig(Config):
 
     require: tuple[Requirement, ...] = ()
     """Rules that a student must meet to be released: `{metric: clip_score, of: teacher, at_least: 0.95}`."""
+
+    approvals: tuple[Approval, ...] = ()
+    """Verdicts that a person overruled. They stand in approvals.yaml, not in params.yaml."""
 
     license: str
     """Licence of the weights, as the Hub names it."""

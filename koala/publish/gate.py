@@ -8,7 +8,8 @@ from pydantic import model_validator
 
 from koala.config import Config
 from koala.errors import KoalaError
-from koala.evaluate.config import COSTS, SHARE
+from koala.evaluate.config import COSTS
+from koala.evaluate.statistics import Estimate
 
 
 class Requirement(Config):
@@ -17,8 +18,9 @@ class Requirement(Config):
     metric: str
     """A score such as `attributes/all`, or a cost: `unet_parameters`, `step_ms`, `size_of_teacher`, `speed_up`."""
 
-    of: Literal["teacher"] | None = None
-    """`teacher`: judge the student's share of its teacher's score. Left out: the student's own figure."""
+    of: Literal["teacher", "champion"] | None = None
+    """`teacher`, `champion`: judge the student's share of that model's score. The champion is the release of this student that
+    stands at the first target; where there is none, the rule is met. Left out: the student's own figure."""
 
     at_least: float | None = None
     """Least value. The score's lower bound must reach it."""
@@ -31,13 +33,13 @@ class Requirement(Config):
         if (self.at_least is None) == (self.at_most is None):
             raise ValueError(f"the rule for {self.metric} wants either at_least or at_most")
         if self.of and self.metric in COSTS:
-            raise ValueError(f"{self.metric} has no share of the teacher's: take out `of: {self.of}`")
+            raise ValueError(f"{self.metric} has no share of the {self.of}'s: take out `of: {self.of}`")
         return self
 
     @property
     def figure(self) -> str:
         """Name of what it judges, as metrics.json has it."""
-        return f"{SHARE}/{self.metric}" if self.of else self.metric
+        return f"share_of_{self.of}/{self.metric}" if self.of else self.metric
 
     def __str__(self) -> str:
         """Return the rule in words, of characters that MLflow allows in a tag's name."""
@@ -52,28 +54,45 @@ class Requirement(Config):
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """A student beside the champion."""
+
+    shares: Mapping[str, Estimate]
+    """What it has of each of the champion's scores."""
+    hindrance: str = ""
+    """Why they cannot be compared, where they cannot. No rule is met then."""
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What a rule says of a student."""
 
     rule: Requirement
-    value: float
+    value: float | None
+    """The figure; None where there is no champion, or one that cannot be compared with."""
     bound: float | None
     """The score's one-sided 95 % bound; None of a cost."""
+    hindrance: str = ""
+    """Why the rule cannot be judged."""
 
     @property
-    def judged(self) -> float:
+    def judged(self) -> float | None:
         """Return the figure that decides."""
         return self.value if self.bound is None else self.bound
 
     @property
     def passed(self) -> bool:
         """Return whether the rule is met; NaN meets none."""
-        rule = self.rule
+        rule, judged = self.rule, self.judged
+        if judged is None:
+            return not self.hindrance
         least, most = rule.at_least, rule.at_most
-        return (least is None or self.judged >= least) and (most is None or self.judged <= most)
+        return (least is None or judged >= least) and (most is None or judged <= most)
 
     def __str__(self) -> str:
         """Return the rule with its figures: `attributes/all at least 0.97: 0.981, lower bound 0.959`."""
+        if self.value is None:
+            return f"{self.rule}: {self.hindrance or 'there is none to beat'}"
         which = "upper" if self.rule.at_least is None else "lower"
         bound = "" if self.bound is None else f", {which} bound {_digits(self.bound)}"
         return f"{self.rule}: {_digits(self.value)}{bound}"
@@ -84,19 +103,31 @@ class Verdict:
         return {**self.rule.model_dump(mode="json", exclude_none=True), **figures}
 
 
-def judge(metrics: Mapping[str, Any], rules: Sequence[Requirement]) -> list[Verdict]:
+def judge(
+    metrics: Mapping[str, Any], rules: Sequence[Requirement], champion: Comparison | None = None
+) -> list[Verdict]:
     """Return the verdict of every rule.
 
     Args:
         metrics: Content of metrics.json.
         rules: The rules.
+        champion: The student beside the champion; None where there is no champion.
 
     Raises:
         KoalaError: A rule names what was not measured.
     """
     numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-    figures, bounds = {**metrics["after"], **numbers}, metrics.get("bounds", {})
-    return [_judge(rule, figures, bounds) for rule in rules]
+    figures, bounds = {**metrics["after"], **numbers}, dict(metrics.get("bounds", {}))
+    for score, share in champion.shares.items() if champion else ():
+        name = Requirement(metric=score, of="champion", at_least=0).figure
+        figures[name], bounds[name] = share.value, share.bounds
+    verdicts = []
+    for rule in rules:
+        if rule.of == "champion" and (champion is None or champion.hindrance):
+            verdicts.append(Verdict(rule, None, None, champion.hindrance if champion else ""))
+        else:
+            verdicts.append(_judge(rule, figures, bounds))
+    return verdicts
 
 
 def _judge(rule: Requirement, figures: Mapping[str, float], bounds: Mapping[str, Sequence[float]]) -> Verdict:

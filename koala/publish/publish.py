@@ -9,9 +9,12 @@ from typing import Any
 
 from koala.console import say
 from koala.errors import KoalaError
-from koala.publish import card
+from koala.evaluate.values import FILE as VALUES
+from koala.evaluate.values import SAMPLES
+from koala.publish import approvals, card
+from koala.publish.champion import champion, verdicts_on
 from koala.publish.config import PublishConfig
-from koala.publish.gate import Verdict, judge
+from koala.publish.gate import Verdict
 from koala.publish.portable import make_portable
 from koala.publish.versions import RECEIPT
 from koala.publish.workflow import workflow
@@ -24,10 +27,10 @@ TRAINING = "training.json"
 def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path, run: Run) -> None:
     """Make the release in `out`, and send it to the targets.
 
-    `out` holds the pipeline's folders, README.md (the card), metrics.json, report.html, grid.png, training.json (provenance of the
-    training, where `distilled` has one) and receipt.json (the verdict of each rule, and what the targets answered). Unless
-    `single_file` is off, it also holds NAME.safetensors, NAME-unet.safetensors and, where ComfyUI recognises the
-    student, NAME-comfyui.json.
+    `out` holds the pipeline's folders, README.md (the card), metrics.json, report.html, grid.png, what a later student is compared
+    with (values.parquet, samples/), training.json (provenance of the training, where `distilled` has one) and receipt.json (the
+    verdict of each rule, who approved it otherwise, and what the targets answered). Unless `single_file` is off, it also
+    holds NAME.safetensors, NAME-unet.safetensors and, where ComfyUI recognises the student, NAME-comfyui.json.
 
     Args:
         config: The gate, the card and the targets.
@@ -37,27 +40,34 @@ def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path,
         run: Receives the verdicts, the card and the receipt; of a student that is refused, the verdicts and a receipt.
 
     Raises:
-        KoalaError: The student does not meet a rule. Nothing is released.
+        KoalaError: The student does not meet a rule, and nobody approved it. Nothing is released.
     """
     name = distilled.name
     metrics = json.loads((evaluation / "metrics.json").read_text())
     derived = {metric: value for metric, value in metrics.items() if isinstance(value, float)}
-    verdicts = judge(metrics, config.require)
+    standing = champion(config, name)
+    verdicts = verdicts_on(evaluation, config, standing)
     failed = [verdict for verdict in verdicts if not verdict.passed]
+    approval = approvals.find(config.approvals, name, evaluation) if failed else None
     training = _training(distilled)
     receipt: dict[str, Any] = {
         "student": name,
-        "released": not failed,
+        "released": not failed or approval is not None,
         "run_id": training.get("run_id"),
         "commit": training.get("commit"),
         "rules": [verdict.report() for verdict in verdicts],
+        "approval": approval.model_dump(mode="json") if approval else None,
         "targets": [],
     }
     _log(run, verdicts)
-    if failed:
+    if standing and (images := standing.beside(evaluation, name)):
+        run.image(images, "champion", 0)
+    if failed and not approval:
         _log_refusal(run, receipt)
         missed = "; ".join(map(str, failed))
         raise KoalaError(f"{name} is not released (publish.require): {missed}: train it longer, or change the rule")
+    if approval:
+        run.tags({"approved_by": approval.by, "approved_because": approval.because})
 
     _copy(distilled, evaluation, out)
     make_portable(out)
@@ -76,7 +86,8 @@ def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path,
 
 def _log(run: Run, verdicts: Sequence[Verdict]) -> None:
     """Log the figure that each rule judged, and its verdict in words."""
-    run.metrics({f"gate/{verdict.rule.figure}": verdict.judged for verdict in verdicts})
+    judged = {verdict.rule.figure: verdict.judged for verdict in verdicts}
+    run.metrics({f"gate/{name}": value for name, value in judged.items() if value is not None})
     run.tags({f"gate/{verdict.rule}": "passed" if verdict.passed else f"failed: {verdict}" for verdict in verdicts})
 
 
@@ -122,8 +133,9 @@ def _copy(distilled: Path, evaluation: Path, out: Path) -> None:
         if (distilled / component).is_dir():
             # Writable, though DVC's files are read-only.
             shutil.copytree(distilled / component, out / component, copy_function=shutil.copyfile)
-    for figures in ("metrics.json", "report.html"):
+    for figures in ("metrics.json", "report.html", VALUES):
         shutil.copyfile(evaluation / figures, out / figures)
+    shutil.copytree(evaluation / SAMPLES, out / SAMPLES, copy_function=shutil.copyfile)
     shutil.copyfile(evaluation / "plots" / "grid.png", out / "grid.png")
     if (distilled / "provenance.json").is_file():
         shutil.copyfile(distilled / "provenance.json", out / TRAINING)

@@ -1,9 +1,13 @@
 """The releases of a project: what stands at each target, whether it is whole, and which version is the latest."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from koala.console import say, show, text_table
 from koala.errors import KoalaError
+from koala.publish import approvals
+from koala.publish.champion import champion, verdicts_on
+from koala.publish.config import PublishConfig
 from koala.publish.targets.base import Shelf, Target
 
 
@@ -54,6 +58,26 @@ def roll_back(targets: Sequence[Target], student: str, version: str) -> None:
         before = shelf.latest()
         shelf.point_to(version)
         say(f"target {kind}: the latest {student} is {version}" + (f", was {before}" if before != version else ""))
+
+
+def approve(config: PublishConfig, student: str, evaluation: Path, because: str, by: str | None) -> None:
+    """Record that a person lets a student out though it misses rules of the gate.
+
+    Raises:
+        KoalaError: It was not evaluated, it meets every rule, or this evaluation is approved already.
+    """
+    if not (evaluation / "metrics.json").is_file():
+        raise KoalaError(f"{student} was not evaluated: run `koala evaluate {student}` first")
+    failed = [verdict for verdict in verdicts_on(evaluation, config, champion(config, student)) if not verdict.passed]
+    if not failed:
+        raise KoalaError(f"{student} meets every rule of publish.require: `koala publish {student}` releases it")
+    if there_is := approvals.find(config.approvals, student, evaluation):
+        raise KoalaError(f"{there_is.by} approved this evaluation of {student} already: `koala publish {student}`")
+    approval = approvals.add(student, evaluation, because, by)
+    show(f"{approval.by} overrules: {'; '.join(map(str, failed))}")
+    show(
+        f"{approvals.FILE} holds it: commit that file, and run `dvc repro publish@{student}` (or `koala publish {student}`)"
+    )
 
 
 def _shelves(targets: Sequence[Target], student: str) -> Iterator[tuple[str, Shelf]]:

@@ -82,9 +82,11 @@ def test_the_evaluation_holds_what_dvc_declares_and_no_more(judged, make_config,
         "metrics.json",
         "plots",
         "report.html",
+        "samples",
         STATE,
         "summary.md",
         "summary.txt",
+        "values.parquet",
     }
     assert {path.name for path in (out / "plots").iterdir()} == {"grid.png", "attributes.png", "curves.png"}
     assert (out / "curves" / "curves.csv").read_text() == "step,loss/total\n1,0.5\n"

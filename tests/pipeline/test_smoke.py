@@ -30,7 +30,17 @@ def free_port() -> int:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout of its own at profile `smoke`."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("koala", "flows", "infra", "dvc.yaml", "params.yaml", "prefect.toml", ".dvcignore", ".gitignore"):
+    for name in (
+        "koala",
+        "flows",
+        "infra",
+        "approvals.yaml",
+        "dvc.yaml",
+        "params.yaml",
+        "prefect.toml",
+        ".dvcignore",
+        ".gitignore",
+    ):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
     (folder / ".dvc").mkdir()

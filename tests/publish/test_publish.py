@@ -10,6 +10,8 @@ import pytest
 from koala import generate
 from koala.errors import KoalaError
 from koala.evaluate.config import SamplingConfig
+from koala.evaluate.prompts import Prompt
+from koala.evaluate.values import Values
 from koala.publish.config import PublishConfig
 from koala.publish.gate import Requirement, judge
 from koala.publish.publish import publish
@@ -60,6 +62,9 @@ def folders(tmp_path: Path, tiny_teacher: Path) -> dict[str, Path]:
     (evaluation / "summary.md").write_text("| model |\n| --- |\n| teacher |\n")
     (evaluation / "plots" / "grid.png").write_bytes(b"png")
     (evaluation / "report.html").write_text("<p>a report</p>")
+    (evaluation / "samples").mkdir()
+    (evaluation / "samples" / "000000.png").write_bytes(b"png")
+    Values([Prompt("a large red circle", 0)], {"after": {"attributes/all": [1.0]}}).write(evaluation / "values.parquet")
     return {"distilled": distilled, "evaluation": evaluation}
 
 
@@ -84,7 +89,7 @@ def test_a_release_generates_what_the_student_generated(folders, tmp_path, recor
         assert ours.keys() == theirs.keys(), file
         assert all((ours[name] == theirs[name]).all() for name in theirs), file
     kinds = {path.suffix for path in release.rglob("*") if path.is_file()}
-    assert kinds <= {".json", ".txt", ".md", ".html", ".png", ".safetensors"}
+    assert kinds <= {".json", ".txt", ".md", ".html", ".png", ".parquet", ".safetensors"}
     assert recorder.tagged["released"] == "yes"
     assert set(recorder.files) == {"receipt.json", "README.md"}
 
@@ -104,6 +109,8 @@ def test_a_release_holds_the_pipeline_its_card_and_its_figures(folders, tmp_path
         "grid.png",
         "training.json",
         "receipt.json",
+        "samples",
+        "values.parquet",
     }
     files |= {"koala-700m.safetensors", "koala-700m-unet.safetensors"}  # no workflow: no front end knows the tiny shape
     assert {path.name for path in release.iterdir()} == components | files | {STATE}
@@ -126,6 +133,7 @@ def test_a_release_holds_the_pipeline_its_card_and_its_figures(folders, tmp_path
             },
             {"metric": "unet_parameters", "at_most": 500, "value": 310, "bound": None, "passed": True},
         ],
+        "approval": None,
         "targets": [],
     }
 

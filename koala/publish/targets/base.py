@@ -42,6 +42,10 @@ class Shelf(ABC):
         """Return what a version holds. Raises KoalaError where there is no such version."""
 
     @abstractmethod
+    def read(self, version: str, file: str) -> bytes | None:
+        """Return the content of a small file of a version; None where it has none of that name."""
+
+    @abstractmethod
     def sha256(self, version: str, file: str) -> str | None:
         """Read a file of a version and return its SHA-256; None where it is missing."""
 

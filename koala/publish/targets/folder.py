@@ -69,6 +69,11 @@ class FolderShelf(Shelf):
             raise KoalaError(no_such_version(version, str(self.place), self.versions()))
         return Manifest.read(file.read_text(), str(file))
 
+    def read(self, version: str, file: str) -> bytes | None:
+        """Return the content of a file of a version."""
+        path = self.place / version / file
+        return path.read_bytes() if path.is_file() else None
+
     def sha256(self, version: str, file: str) -> str | None:
         """Read a file of a version and return its SHA-256."""
         path = self.place / version / file

@@ -104,6 +104,12 @@ class S3Shelf(Shelf):
                 raise KoalaError(no_such_version(version, self._location, self._versions()))
         return Manifest.read(found[0], f"{self._location}/{version}/{MANIFEST}")
 
+    def read(self, version: str, file: str) -> bytes | None:
+        """Return the content of a small file of a version."""
+        with _explained(self._location):
+            found = self._get(f"{version}/{file}")
+        return found[0] if found else None
+
     def sha256(self, version: str, file: str) -> str | None:
         """Read a file of a version and return its SHA-256."""
         with _explained(self._location):

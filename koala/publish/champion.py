@@ -1,0 +1,102 @@
+"""The champion of a student: its release that stands. A challenger is compared with it by the values that travel with a release.
+
+Nothing is generated again: both were evaluated on the same prompts and seeds, or they are not compared.
+"""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from koala.errors import KoalaError
+from koala.evaluate.statistics import STUDENT, share
+from koala.evaluate.values import FILE as VALUES
+from koala.evaluate.values import SAMPLES, Values
+from koala.publish.config import PublishConfig
+from koala.publish.gate import Comparison, Verdict, judge
+from koala.publish.targets.base import Shelf
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_HOW = ("confidence", "resamples")  # of `pinned`: how intervals are computed, not what was measured
+
+
+@dataclass(frozen=True)
+class Champion:
+    """A release that stands."""
+
+    place: str
+    """The release in words, such as `koala-700m v3 (target folder)`."""
+    version: str
+    """Its version."""
+    shelf: Shelf
+    """Where its files are read."""
+
+    def compare(self, evaluation: Path) -> Comparison:
+        """Compare the student of `evaluation` in every score that both have, paired by prompt and seed."""
+        ours = Values.read(evaluation / VALUES, str(evaluation / VALUES))
+        try:
+            theirs = Values.read(io.BytesIO(self._read(VALUES)), f"{VALUES} of {self.place}")
+            then = json.loads(self._read("metrics.json"))["pinned"]
+        except KoalaError as error:
+            return Comparison({}, str(error))
+        now = json.loads((evaluation / "metrics.json").read_text())["pinned"]
+        if ours.prompts != theirs.prompts or _comparable(then) != _comparable(now):
+            return Comparison({}, f"{self.place} was evaluated with {_difference(then, now)}")
+        prompts, one, other = [prompt.text for prompt in ours.prompts], ours.scores[STUDENT], theirs.scores[STUDENT]
+        return Comparison({name: share(prompts, one[name], other[name]) for name in one if name in other})
+
+    def beside(self, evaluation: Path, student: str) -> "Image | None":
+        """Lay out the champion's images beside the student's of `evaluation`; None where it has none of these prompts."""
+        from PIL import Image
+
+        from koala.plots import grid
+
+        files = sorted((evaluation / SAMPLES).glob("*.png"))
+        theirs = [self.shelf.read(self.version, f"{SAMPLES}/{file.name}") for file in files]
+        images = [Image.open(io.BytesIO(content)).convert("RGB") for content in theirs if content]
+        if not files or len(images) < len(files):
+            return None
+        prompts = Values.read(evaluation / VALUES, str(evaluation / VALUES)).prompts
+        texts = [prompts[int(file.stem)].text for file in files]
+        return grid(texts, {self.place: images, student: [Image.open(file).convert("RGB") for file in files]})
+
+    def _read(self, file: str) -> bytes:
+        content = self.shelf.read(self.version, file)
+        if content is None:
+            raise KoalaError(f"{self.place} holds no {file}")
+        return content
+
+
+def champion(config: PublishConfig, student: str) -> Champion | None:
+    """Return the latest release of a student at the first target that keeps versions.
+
+    None where there is none, and where no rule asks for it.
+    """
+    if not any(rule.of == "champion" for rule in config.require):
+        return None
+    for target in config.targets:
+        if shelf := target.shelf(student):
+            version = shelf.latest()
+            return Champion(f"{student} {version} (target {target.kind})", version, shelf) if version else None
+    return None
+
+
+def verdicts_on(evaluation: Path, config: PublishConfig, standing: Champion | None) -> list[Verdict]:
+    """Return the verdict of each rule on the student of `evaluation`, beside the champion where there is one."""
+    metrics = json.loads((evaluation / "metrics.json").read_text())
+    return judge(metrics, config.require, standing.compare(evaluation) if standing else None)
+
+
+def _comparable(pinned: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in pinned.items() if name not in _HOW}
+
+
+def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return what was pinned otherwise: `steps 20 (now 25)`."""
+    before, after = _comparable(then), _comparable(now)
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return ", ".join(f"{name} {before.get(name)} (now {after.get(name)})" for name in names) or "other prompts"
