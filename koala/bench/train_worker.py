@@ -143,8 +143,10 @@ def _ours(setup: _Setup) -> _Prepared:
     text = TextConditioner(models)
     task = assemble(setup.student, models.unet, text, models.scheduler.config, setup.stages, config)
     trainer = Trainer(task, config, setup.accelerator)
+    latents = LatentSet(setup.folder)
     batches = data.load(
-        LatentSet(setup.folder),
+        latents,
+        latents.buckets,
         config,
         lambda captions: random_tokens(tokens, len(captions)),
         task.scheduler.config.num_train_timesteps,

@@ -77,7 +77,7 @@ class DistillMachine(Config):
     log_every: int = Field(default=10, gt=0)
     """Steps between logged losses."""
     validate_every: int = Field(default=1000, gt=0)
-    """Steps between grids of validation images."""
+    """Steps between grids of validation images, and between measurements of held-out samples."""
     max_bad_steps: int = Field(default=10, ge=1)
     """Stop after this many steps in a row with a non-finite gradient."""
 
@@ -120,8 +120,10 @@ class DistillConfig(Config):
     """Dtype of the teacher's U-Net and text encoders. The student's weights are float32."""
     teacher_float8: bool = False
     """Compute the matrix products of the teacher's transformer layers in float8 (koala.distill.float8)."""
+    held_out: int = Field(default=0, ge=0)
+    """Encoded samples that are kept out of training. The losses on them are logged whenever validation images are generated."""
     seed: int = 0
-    """Seed of the order of samples, the noise, the timesteps and the caption dropout."""
+    """Seed of the order of samples, the noise, the timesteps, the caption dropout and what is held out."""
     sampling: SamplingConfig = SamplingConfig()
     """How validation images are generated. Not tracked: it does not change what is trained."""
     machine: DistillMachine = DistillMachine()

@@ -1,6 +1,7 @@
 """The losses of a training run: a log that training appends to, a table for DVC's plots, and a plot for people."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,17 @@ def write(state: Path, folder: Path) -> None:
 
     table = pd.DataFrame(read(state))
     table.to_csv(folder / "curves.csv", index=False)
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    for term in (name for name in table if name.startswith("loss/")):
-        axes.plot(table["step"], table[term], label=term.removeprefix("loss/"), linewidth=2 if "total" in term else 1)
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title="Distillation: terms of the objective")
-    axes.grid(alpha=0.3)
-    axes.legend(ncols=3, fontsize=8)
+    panels = {"Distillation: terms of the objective": [name for name in table if name.startswith("loss/")]}
+    if "held_out/total" in table:
+        panels["On held-out samples"] = [name for name in table if re.fullmatch(r"held_out/(feature/)?\w+", name)]
+        panels["On held-out samples, by timestep"] = [name for name in table if name.startswith("held_out/total/")]
+    figure = Figure(figsize=(9, 1 + 4 * len(panels)), layout="constrained")
+    for axes, (title, columns) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+        for name in columns:
+            rows = table[["step", name]].dropna()
+            term, marker = name.partition("/")[2], "o" if len(rows) == 1 else None
+            axes.plot(rows["step"], rows[name], label=term, linewidth=2 if term == "total" else 1, marker=marker)
+        axes.set(xlabel="step", ylabel="loss", yscale="log", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(ncols=3, fontsize=8)
     figure.savefig(folder / "curves.png", dpi=120)

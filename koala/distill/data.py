@@ -7,6 +7,7 @@ not from what ran before, nor from how many processes share the batch.
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -148,8 +149,23 @@ class TrainingSet(Dataset[tuple[Any, ...]]):
         return index, latent, noise, timestep, keep, sample.caption, sample.time_ids
 
 
+def collate(items: Sequence[tuple[Any, ...]], tokenize: Callable[[Sequence[str]], Tensor]) -> Batch:
+    """Return what `TrainingSet` gives for some places as a micro-batch."""
+    indices, latents, noise, timesteps, keep, captions, time_ids = zip(*items, strict=True)
+    return Batch(
+        samples=torch.tensor(indices),
+        latents=torch.stack(latents),
+        noise=torch.stack(noise),
+        timesteps=torch.tensor(timesteps),
+        tokens=tokenize(captions),
+        keep=torch.tensor(keep),
+        time_ids=torch.tensor(time_ids),
+    )
+
+
 def load(
     data: LatentSet,
+    buckets: Buckets,
     config: DistillConfig,
     tokenize: Callable[[Sequence[str]], Tensor],
     train_timesteps: int,
@@ -159,26 +175,17 @@ def load(
     start: int,
     device: torch.device,
 ) -> Iterator[Iterator[Batch]]:
-    """Yield, for every step from `start`, this process's micro-batches on `device`; take all of them before the next step."""
+    """Yield, for every step from `start`, this process's micro-batches on `device`; take all of them before the next step.
+
+    buckets: The samples of `data` to train on.
+    """
     accumulate = config.batch_size // (micro_batch * processes)
 
-    def collate(items: list[tuple[Any, ...]]) -> Batch:
-        indices, latents, noise, timesteps, keep, captions, time_ids = zip(*items, strict=True)
-        return Batch(
-            samples=torch.tensor(indices),
-            latents=torch.stack(latents),
-            noise=torch.stack(noise),
-            timesteps=torch.tensor(timesteps),
-            tokens=tokenize(captions),
-            keep=torch.tensor(keep),
-            time_ids=torch.tensor(time_ids),
-        )
-
-    order = Order(data.buckets, config.batch_size, config.seed)
+    order = Order(buckets, config.batch_size, config.seed)
     loader = DataLoader(
         TrainingSet(data, config, train_timesteps),
         batch_sampler=MicroBatches(order, micro_batch, rank, processes, start, config.steps),
-        collate_fn=collate,
+        collate_fn=partial(collate, tokenize=tokenize),
         num_workers=config.machine.workers,
         pin_memory=torch.cuda.is_available(),
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from koala.console import hide_loading_bars, progress, say
 from koala.data.latents import LatentSet
-from koala.distill import checkpoint, curves, data, float8, sharding
+from koala.distill import checkpoint, curves, data, float8, held_out, sharding
 from koala.distill.config import DistillConfig
 from koala.distill.features import feature_pairs
 from koala.distill.job import COMPLAINT, UNET, Job, checkpoints
@@ -77,11 +77,14 @@ def train(job: Job, stop: StopSignal) -> None:
                 f"{state} holds a run of {done} steps already: set distill.steps to {done} or more, or remove the folder"
             )
     latents = LatentSet(job.latents)
+    trained_on, kept_out = held_out.split(latents, config)
+    train_timesteps = task.scheduler.config.num_train_timesteps
     batches = data.load(
         latents,
+        trained_on,
         config,
         task.text.tokenize,
-        task.scheduler.config.num_train_timesteps,
+        train_timesteps,
         trainer.micro_batch,
         accelerator.process_index,
         accelerator.num_processes,
@@ -90,7 +93,7 @@ def train(job: Job, stop: StopSignal) -> None:
     )
     if is_main:
         curves.truncate(state, done)
-        _say_what_starts(accelerator, job, latents, done)
+        _say_what_starts(accelerator, job, trained_on, done)
 
     def save() -> None:
         # Ranks that left before rank 0 has written would have the launcher kill it in the middle.
@@ -127,8 +130,15 @@ def train(job: Job, stop: StopSignal) -> None:
                 say(f"distill: step {done + 1} is skipped: {culprit}")
         done += 1
 
+        # Measure the losses on samples that are kept out of training; all processes share them.
+        validates = done % config.machine.validate_every == 0 or done == config.steps
+        measured = {}
+        if validates and kept_out:
+            tokenize = task.text.tokenize
+            measured = held_out.measure(trainer, latents, kept_out, config, tokenize, train_timesteps, accelerator)
+
         # Log each loss term (the mean over the batch, all processes) and the speed since the last logged step.
-        if done % config.machine.log_every == 0 or done == config.steps:
+        if done % config.machine.log_every == 0 or done == config.steps or measured:
             values = accelerator.reduce(torch.stack(losses).mean(0), "mean").tolist()
             if is_main:
                 now = time.monotonic()
@@ -136,10 +146,10 @@ def train(job: Job, stop: StopSignal) -> None:
                 clock, clock_step = now, done
                 row = dict(zip((f"loss/{term}" for term in terms), values, strict=True))
                 row |= {"gradient_norm": norm, "learning_rate": rate, "bad_steps": float(bad_steps)}
-                curves.append(state, done, {**row, curves.SPEED: speed})
+                curves.append(state, done, {**row, **measured, curves.SPEED: speed})
 
         # Generate validation images, on the main process.
-        if config.sampling.prompts and (done % config.machine.validate_every == 0 or done == config.steps):
+        if validates and config.sampling.prompts:
             unet = trainer.released(getattr(torch, config.teacher_dtype), keep=is_main)
             if unet is not None:
                 validate(done, teacher, unet, config, state, accelerator.device)
@@ -211,14 +221,14 @@ def assemble(
     return DistillTask(student, teacher, text, scheduler, feature_pairs(config.features, stages), config)
 
 
-def _say_what_starts(accelerator: Accelerator, job: Job, latents: LatentSet, done: int) -> None:
+def _say_what_starts(accelerator: Accelerator, job: Job, trained_on: data.Buckets, done: int) -> None:
     if done:
         say(f"distill: resuming from step {done}")
-    if unused := data.too_small(latents.buckets, job.config.batch_size):
+    if unused := data.too_small(trained_on, job.config.batch_size):
         names = ", ".join(f"{height}x{width} ({count})" for (height, width), count in unused.items())
         say(
-            f"distill: {sum(unused.values())} of {len(latents)} samples never train: their buckets hold fewer than "
-            f"batch_size {job.config.batch_size}: {names}"
+            f"distill: {sum(unused.values())} of {sum(map(len, trained_on.values()))} samples never train: "
+            f"their buckets hold fewer than batch_size {job.config.batch_size}: {names}"
         )
     _say_memory(job)
     shards = ", the student sharded over them" if sharding.requested() else ""

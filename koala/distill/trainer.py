@@ -7,6 +7,8 @@ norm = trainer.update(rate)
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -39,7 +41,8 @@ class Trainer:
         self.micro_batch = micro_batch(config, accelerator.num_processes)
         self.accumulate = config.batch_size // (self.micro_batch * accelerator.num_processes)
         """Micro-batches of this process in a step."""
-        self.student = task.to(accelerator.device).student
+        self._task = task.to(accelerator.device)
+        self.student = task.student
         if config.machine.compile:
             compile_layers(task.student)
             compile_layers(task.teacher)
@@ -64,6 +67,29 @@ class Trainer:
             loss = total(terms, self._weights)
         self._accelerator.backward(loss / self.accumulate)
         return {name: term.detach() for name, term in {"total": loss, **terms}.items()}
+
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """Return `total` and each loss term of a micro-batch, without a gradient and without compiled layers."""
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), eager, self._accelerator.autocast():
+            terms = self._task(batch)
+            return {"total": total(terms, self._weights), **terms}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the student hold the weights that are released, the EMA where there is one, inside the block."""
+        if not self.ema:
+            yield
+            return
+        with torch.no_grad():
+            trained = [parameter.clone() for parameter in self._parameters]
+            for parameter, shadow in zip(self._parameters, self.ema.shadow_params, strict=True):
+                parameter.copy_(shadow)
+            try:
+                yield
+            finally:
+                for parameter, kept in zip(self._parameters, trained, strict=True):
+                    parameter.copy_(kept)
 
     def update(self, rate: float) -> float:
         """Take one optimizer step at learning rate `rate`, and one of the EMA. Return the gradient's norm.

@@ -24,8 +24,9 @@ def make(job: object) -> tuple[Trainer, list]:
     """A trainer of a job and the micro-batches of its first two steps."""
     task = build_task(job, load_teacher(job, with_vae=False))
     trainer = Trainer(task, job.config, Accelerator(cpu=True))
+    latents = LatentSet(job.latents)
     batches = load_batches(
-        LatentSet(job.latents), job.config, task.text.tokenize, 1000, trainer.micro_batch, 0, 1, 0, CPU
+        latents, latents.buckets, job.config, task.text.tokenize, 1000, trainer.micro_batch, 0, 1, 0, CPU
     )
     return trainer, [list(next(batches)) for _ in range(2)]
 
@@ -135,7 +136,8 @@ def test_all_that_is_compiled_has_static_shapes(make_job: Callable) -> None:
     hooks.compile_layers(task.student, backend=backend)
     counters.clear()
     torch._dynamo.reset()
-    batches = load_batches(LatentSet(job.latents), job.config, task.text.tokenize, 1000, 2, 0, 1, 0, CPU)
+    latents = LatentSet(job.latents)
+    batches = load_batches(latents, latents.buckets, job.config, task.text.tokenize, 1000, 2, 0, 1, 0, CPU)
     shapes = set()
     for micro_batches in batches:
         batch = next(micro_batches)

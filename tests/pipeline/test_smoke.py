@@ -50,7 +50,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = params.read_text().replace("profile: demo", "profile: smoke", 1).replace("8765", str(free_port()))
     values = values.replace("accelerate/cpu-two.yaml", "accelerate/cpu.yaml", 1)
     values = values.replace("micro_batch: 16\n", "micro_batch: 4\n      log_every: 2\n", 1).replace(
-        "checkpoint_every: 100\n      validate_every: 250", "checkpoint_every: 2\n      validate_every: 3", 1
+        "checkpoint_every: 100\n      validate_every: 125", "checkpoint_every: 2\n      validate_every: 3", 1
     )
     params.write_text(values)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
