@@ -42,8 +42,10 @@ def main() -> None:
         device
     )
     optimizer = torch.optim.AdamW(student.parameters(), config.learning_rate)
+    latents = LatentSet(arguments.latents)
     batches = data.load(
-        LatentSet(arguments.latents),
+        latents,
+        latents.buckets,
         config,
         task.text.tokenize,
         1000,

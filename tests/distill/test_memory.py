@@ -48,7 +48,7 @@ def test_the_peak_on_meta_tensors_is_that_of_real_ones(
     job = make_job(batch_size=4, machine={"gradient_checkpointing": checkpointing, "micro_batch": 4})
     task = build_task(job, load_teacher(job, with_vae=False))
     data = LatentSet(job.latents)
-    batches = load_batches(data, job.config, task.text.tokenize, 1000, 4, 0, 1, 0, torch.device("cpu"))
+    batches = load_batches(data, data.buckets, job.config, task.text.tokenize, 1000, 4, 0, 1, 0, torch.device("cpu"))
     batch = next(next(batches))
     while batch.latents.shape[-1] != 16:
         batch = next(next(batches))

@@ -37,7 +37,8 @@ def make(make_job: Callable) -> Make:
         job = make_job(student=student, machine={"micro_batch": 4, **(machine or {})}, **changes)
         task = build_task(job, load_teacher(job, with_vae=False))
         size = micro_batch(job.config, 1)
-        batches = load_batches(LatentSet(job.latents), job.config, task.text.tokenize, 1000, size, 0, 1, 0, CPU)
+        latents = LatentSet(job.latents)
+        batches = load_batches(latents, latents.buckets, job.config, task.text.tokenize, 1000, size, 0, 1, 0, CPU)
         return task, next(next(batches))
 
     return made
