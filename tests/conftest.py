@@ -37,6 +37,7 @@ SLOW = (
     "distill/test_validation.py",
     "distill/test_float8.py",
     "evaluate/test_evaluate.py",
+    "evaluate/test_images.py",
     "flows/",
     "pipeline/",
     "publish/test_lora.py",

@@ -32,7 +32,10 @@ class EvaluateMachine(Config):
     """Settings of evaluation that change speed and memory, but not what is measured."""
 
     batch_size: int = Field(default=8, gt=0)
-    """Images generated at once."""
+    """Images generated at once, by each process."""
+
+    processes: int = Field(default=1, gt=0)
+    """Processes that share a model's images; of several GPUs each takes its own."""
 
     latency_repeats: int = Field(default=10, gt=0)
     """Timed U-Net steps of the student, and of the teacher before and after it; medians are reported."""

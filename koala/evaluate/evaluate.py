@@ -14,7 +14,8 @@ from koala.console import say
 from koala.errors import KoalaError
 from koala.evaluate import page, report
 from koala.evaluate.config import EvaluateConfig
-from koala.evaluate.images import generate_images, read_images
+from koala.evaluate.generation import generate_images
+from koala.evaluate.images import read_images
 from koala.evaluate.prompts import Prompt, seeded_prompts
 from koala.evaluate.statistics import CONFIDENCE, RESAMPLES, Estimate, estimate
 from koala.evaluate.values import FILE as VALUES

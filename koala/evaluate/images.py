@@ -9,8 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from koala import generate
-from koala.console import progress
 from koala.errors import KoalaError
 from koala.evaluate.config import EvaluateConfig
 from koala.evaluate.prompts import Prompt
@@ -51,34 +49,17 @@ def image_file(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.png"
 
 
-def generate_images(model: Path, prompts: Sequence[Prompt], config: EvaluateConfig, folder: Path, label: str) -> Images:
-    """Generate the images that `folder` lacks, batch by batch; none is generated twice.
-
-    Images of other prompts or settings are removed from `folder` first. Each file appears in one step. The caller keeps
-    a folder a model: which model made an image is not recorded.
-
-    Args:
-        model: A pipeline folder; it is loaded only if an image is missing.
-        prompts: An image each.
-        config: Sampling, type and batch size.
-        folder: Where the images are kept.
-        label: Heading of the progress bar.
-    """
-    _start(folder, prompts, config)
-    missing = [number for number in range(len(prompts)) if not image_file(folder, number).is_file()]
-    if missing:
-        size = config.machine.batch_size
-        batches = [missing[first : first + size] for first in range(0, len(missing), size)]
-        pipeline = generate.load(model, config.dtype)
-        for batch in progress(batches, label):
-            seeded = [(prompts[number].text, prompts[number].seed) for number in batch]
-            for number, image in zip(batch, generate.generate(pipeline, seeded, config.sampling), strict=True):
-                partial = image_file(folder, number).with_suffix(".partial")
-                image.save(partial, format="PNG")
-                partial.rename(image_file(folder, number))
-        del pipeline
-        generate.free_memory()  # before the next model is loaded
-    return Images(folder, len(prompts))
+def prepare(folder: Path, prompts: Sequence[Prompt], config: EvaluateConfig) -> None:
+    """Prepare a folder of images; those of other prompts or settings are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {PROMPTS: _prompt_lines(prompts), SETTINGS: _settings(config)}
+    if all(_read(folder / name) == text for name, text in wanted.items()):
+        return
+    for pattern in ("[0-9]*.png", "[0-9]*.partial"):
+        for file in folder.glob(pattern):
+            file.unlink()
+    for name, text in wanted.items():
+        (folder / name).write_text(text)
 
 
 def read_images(folder: Path, prompts: Sequence[Prompt], config: EvaluateConfig) -> Images:
@@ -96,19 +77,6 @@ def read_images(folder: Path, prompts: Sequence[Prompt], config: EvaluateConfig)
     if missing:
         raise KoalaError(f"{folder} lacks {missing} of its {len(prompts)} images: {again}")
     return Images(folder, len(prompts))
-
-
-def _start(folder: Path, prompts: Sequence[Prompt], config: EvaluateConfig) -> None:
-    """Prepare `folder`; drop images of other prompts or settings."""
-    folder.mkdir(parents=True, exist_ok=True)
-    wanted = {PROMPTS: _prompt_lines(prompts), SETTINGS: _settings(config)}
-    if all(_read(folder / name) == text for name, text in wanted.items()):
-        return
-    for pattern in ("[0-9]*.png", "[0-9]*.partial"):
-        for file in folder.glob(pattern):
-            file.unlink()
-    for name, text in wanted.items():
-        (folder / name).write_text(text)
 
 
 def _prompt_lines(prompts: Sequence[Prompt]) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from koala.evaluate.config import EvaluateConfig
-from koala.evaluate.images import generate_images
+from koala.evaluate.generation import generate_images
 from koala.evaluate.prompts import seeded_prompts
 from koala.run import Run
 

@@ -10,8 +10,10 @@ from PIL import Image
 
 from koala import generate
 from koala.errors import KoalaError
+from koala.evaluate import generation
 from koala.evaluate.config import EvaluateMachine, SamplingConfig
-from koala.evaluate.images import generate_images, image_file, read_images
+from koala.evaluate.generation import generate_images
+from koala.evaluate.images import image_file, read_images
 from koala.evaluate.prompts import seeded_prompts
 from koala.evaluate.reference import reference
 
@@ -114,3 +116,30 @@ def test_images_are_opened_one_at_a_time(make_config, finished, monkeypatch) -> 
     assert images[-1].size == (32, 32)
     assert len(images[1:3]) == 2
     assert opened == ["000003.png", "000001.png", "000002.png"]
+
+
+def test_processes_share_the_images(tiny_teacher, make_config, finished, copy, recorder, monkeypatch) -> None:
+    """Three images are missing, of two processes one generates two batches: each image is as one process makes it."""
+    started = []
+    plain = generation.guarded
+    monkeypatch.setattr(generation, "guarded", lambda command, log: (started.append(command), plain(command, log))[1])
+    kept = image_file(copy, 2).stat().st_mtime_ns
+    for number in (0, 1, 3):
+        image_file(copy, number).unlink()
+    config = make_config(machine=EvaluateMachine(batch_size=1, processes=2))
+    reference(config, tiny_teacher, copy, recorder)
+    assert len(started) == 2
+    for number in range(4):
+        with Image.open(image_file(copy, number)) as one, Image.open(image_file(finished, number)) as other:
+            assert difference(one, other) <= 1
+    assert image_file(copy, 2).stat().st_mtime_ns == kept
+    reference(config, tiny_teacher, copy, recorder)
+    assert len(started) == 2
+
+
+def test_a_process_that_fails_is_said(tiny_teacher, make_config, tmp_path, recorder) -> None:
+    broken = Path(shutil.copytree(tiny_teacher, tmp_path / "broken"))
+    shutil.rmtree(broken / "unet")
+    config = make_config(machine=EvaluateMachine(batch_size=2, processes=2))
+    with pytest.raises(KoalaError, match=r"a process that generates images ended with status 1: .*cannot load a model"):
+        reference(config, broken, tmp_path / "out", recorder)
