@@ -120,15 +120,20 @@ def test_images_are_opened_one_at_a_time(make_config, finished, monkeypatch) -> 
 
 def test_processes_share_the_images(tiny_teacher, make_config, finished, copy, recorder, monkeypatch) -> None:
     """Three images are missing, of two processes one generates two batches: each image is as one process makes it."""
-    started = []
+    started: list[list[list[int]]] = []
     plain = generation.guarded
-    monkeypatch.setattr(generation, "guarded", lambda command, log: (started.append(command), plain(command, log))[1])
+
+    def spy(command, log):
+        started.append(json.loads(Path(command[-1]).read_text())["batches"])
+        return plain(command, log)
+
+    monkeypatch.setattr(generation, "guarded", spy)
     kept = image_file(copy, 2).stat().st_mtime_ns
     for number in (0, 1, 3):
         image_file(copy, number).unlink()
     config = make_config(machine=EvaluateMachine(batch_size=1, processes=2))
     reference(config, tiny_teacher, copy, recorder)
-    assert len(started) == 2
+    assert sorted(started) == [[[0], [3]], [[1]]]  # none is generated twice
     for number in range(4):
         with Image.open(image_file(copy, number)) as one, Image.open(image_file(finished, number)) as other:
             assert difference(one, other) <= 1
