@@ -11,19 +11,22 @@ LOG_EVERY_SECONDS = 10.0
 _BAR_WIDTH = 24
 
 
-def progress(items: Iterable[T], label: str, total: int | None = None, done: int = 0) -> Iterator[T]:
+def progress(
+    items: Iterable[T], label: str, total: int | None = None, done: int = 0, unit: str | None = None
+) -> Iterator[T]:
     """Yield `items` and show how many are done.
 
-    `done` of `total` were finished by an earlier, interrupted run: they count in the share, not in the ETA.
+    `done` of `total` were finished by an earlier, interrupted run: they count in the share, not in the ETA. `unit` names an
+    item, such as `images`, and shows how many of them a second takes.
     Everything goes to stderr, so that stdout holds only what the command gives.
     """
     if total is None:
         total = done + len(items)  # type: ignore[arg-type]
     show = _bar if sys.stderr.isatty() else _lines
-    yield from show(items, label, total, done)
+    yield from show(items, label, total, done, unit)
 
 
-def _bar(items: Iterable[T], label: str, total: int, done: int) -> Iterator[T]:
+def _bar(items: Iterable[T], label: str, total: int, done: int, unit: str | None) -> Iterator[T]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -41,6 +44,7 @@ def _bar(items: Iterable[T], label: str, total: int, done: int) -> Iterator[T]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        *([TextColumn(f"{{task.speed:.1f}} {unit}/s")] if unit else []),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=total, completed=done)
@@ -49,7 +53,7 @@ def _bar(items: Iterable[T], label: str, total: int, done: int) -> Iterator[T]:
             bar.advance(task)
 
 
-def _lines(items: Iterable[T], label: str, total: int, done: int) -> Iterator[T]:
+def _lines(items: Iterable[T], label: str, total: int, done: int, unit: str | None) -> Iterator[T]:
     start = last = time.monotonic()
     for count, item in enumerate(items, start=1):
         yield item
@@ -59,7 +63,8 @@ def _lines(items: Iterable[T], label: str, total: int, done: int) -> Iterator[T]
             left = (now - start) / count * (total - done - count)
             filled = round(_BAR_WIDTH * (done + count) / total)
             bar = "#" * filled + "-" * (_BAR_WIDTH - filled)
-            say(f"{label} [{bar}] {done + count}/{total}, {_minutes(left)} left")
+            rate = f", {count / max(now - start, 1e-9):.1f} {unit}/s" if unit else ""
+            say(f"{label} [{bar}] {done + count}/{total}{rate}, {_minutes(left)} left")
 
 
 def _minutes(seconds: float) -> str:

@@ -21,7 +21,7 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 # (of source, rule, metric, ...) are reached through params.yaml, and follow from the unions in koala/params.py.
 ENTRY = {
     "source": ["koala/data/source.py"],
-    "download": ["koala/data/download.py", "koala/demo/server.py"],
+    "download": ["koala/data/download.py", "koala/data/workers.py", "koala/demo/server.py"],
     "filter": ["koala/data/filter.py"],
     "teacher": ["koala/teacher/teacher.py", "koala/demo/images.py"],
     "encode": ["koala/data/encode.py"],

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from koala.config import Config
+from koala.data.decode import DecodeConfig
+from koala.data.fetch import FetchConfig
 from koala.data.rules import Rule
 
 RESERVED_COLUMNS = {
@@ -20,7 +22,6 @@ RESERVED_COLUMNS = {
     "original_height",
     "status",
     "error_message",
-    "exif",
     "md5",
     "sha256",
     "sha512",
@@ -55,8 +56,8 @@ class SourceConfig(Config, ABC):
         """
 
 
-class DownloadMachine(Config):
-    """Settings of the download that change only its speed."""
+class DownloadMachine(FetchConfig):
+    """Settings of the download that change its speed and its patience. A change of them fetches nothing again."""
 
     processes: int = Field(default=1, gt=0)
     """Processes of img2dataset. Each works on one shard at a time."""
@@ -77,14 +78,14 @@ class DownloadConfig(Config):
     """Quality of jpg and webp, 0 to 100; compression level of png, 0 to 9."""
     shard_size: int = Field(default=10_000, gt=0)
     """Table rows per shard."""
-    timeout: int = Field(default=10, gt=0)
-    """Timeout of one network operation in seconds."""
-    retries: int = Field(default=1, ge=0)
-    """Further attempts after a failed one."""
+    allow: tuple[str, ...] = ()
+    """`HOST:PORT`s that may be inside your network, such as `127.0.0.1:8765`. All others must have public addresses."""
+    decode: DecodeConfig = DecodeConfig()
+    """How an image becomes 8-bit RGB."""
     sidecar: tuple[str, ...] = ()
     """Command that runs while the download runs: a proxy, a tunnel, the demo's server. Not part of the resume key."""
     machine: DownloadMachine = DownloadMachine()
-    """Settings that change only the speed."""
+    """Settings of speed and patience."""
 
     @model_validator(mode="after")
     def _quality_fits_format(self) -> "DownloadConfig":

@@ -4,8 +4,8 @@ For each shard, `out` gets `00000.tar` (samples), `00000.parquet` (outcome of ev
 (img2dataset's counts); for all of them stats.json and outcomes.png. img2dataset works in `out/state/shards`. A killed run
 resumes after the last finished shard.
 
-img2dataset runs in a separate process (`python -m koala.data.download OPTIONS`), which keeps its child processes, signal
-handlers and output away from ours.
+img2dataset runs in a separate process (koala.data.workers), which keeps its child processes, signal handlers and output away
+from ours.
 """
 
 import json
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 from koala.console import progress, say
 from koala.data.config import DownloadConfig
+from koala.data.fetch import FetchConfig
 from koala.errors import KoalaError
 from koala.process import guarded, last_line
 from koala.run import STATE, Run
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
 
 STATUSES = ("success", "failed_to_download", "failed_to_resize")
 TOP_ERRORS = 20
+TOLD = "koala: "
+"""What a line begins with that a worker leaves for us in img2dataset's log."""
 POLL_SECONDS = 0.2
 SIDECAR_SECONDS = 30.0
 """Time in which a sidecar must accept connections."""
-MAX_PIXELS = 2**27
-"""Pixels of a decoded image at most: more is a decompression bomb."""
 _SHARD_FILE = re.compile(r"\d+(\.tar|\.parquet|_stats\.json)")
 
 
@@ -89,19 +90,23 @@ def fetch(table: Path, config: DownloadConfig, shards: Path, logs: Path) -> None
     count = math.ceil(rows / config.shard_size)
     shutil.rmtree(shards / "_tmp", ignore_errors=True)
     _discard_unfinished(shards)
-    done = len(_stats(shards))
-    if done == count:
+    finished = _stats(shards)
+    if len(finished) == count:
         return
-    if done:
-        say(f"download: resumes after {done} of {count} shards")
+    if finished:
+        say(f"download: resumes after {len(finished)} of {count} shards")
     log = logs / "img2dataset.log"
-    command = [sys.executable, "-m", "koala.data.download", json.dumps(_options(table, columns, config, shards))]
+    command = [sys.executable, "-m", "koala.data.workers", json.dumps(_options(table, columns, config, shards))]
     with ExitStack() as stack:
         sidecar = stack.enter_context(_sidecar(config, table, logs) if config.sidecar else nullcontext())
         process = stack.enter_context(guarded(command, log, _environment()))
-        finished = _watch(process, sidecar, shards, done, config, logs)
-        for _ in progress(finished, f"download: shards of {config.shard_size} rows", total=count, done=done):
+        rows_done = sum(stats["count"] for stats in finished.values())
+        fetched = _watch(process, sidecar, shards, config, logs)
+        for _ in progress(fetched, "download", total=rows, done=rows_done, unit="images"):
             pass
+        told = _told(log)
+        for line in told:
+            say(f"download: {line}")
         if process.returncode:
             raise KoalaError(
                 f"img2dataset failed: {last_line(log)} (all of it: {log}); run again: finished shards are kept"
@@ -109,13 +114,20 @@ def fetch(table: Path, config: DownloadConfig, shards: Path, logs: Path) -> None
     _discard_unfinished(shards, empty=False)
     if lacking := count - len(_stats(shards)):
         raise KoalaError(
-            f"{lacking} of {count} shards failed: {last_line(log)} (see {log}); run again: the others are kept"
+            f"{lacking} of {count} shards failed: {told[-1] if told else last_line(log)} (see {log}); "
+            "run again: the others are kept"
         )
 
 
+def _told(log: Path) -> list[str]:
+    """Return what workers left for us."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    return [line.removeprefix(TOLD) for line in lines if line.startswith(TOLD)]
+
+
 def _options(table: Path, columns: list[str], config: DownloadConfig, shards: Path) -> dict[str, Any]:
-    """Return the arguments of `img2dataset.download`."""
-    return {
+    """Return the fields of koala.data.workers.Options."""
+    arguments = {
         "url_list": str(table),
         "input_format": "parquet",
         "url_col": "url",
@@ -130,29 +142,25 @@ def _options(table: Path, columns: list[str], config: DownloadConfig, shards: Pa
         "resize_only_if_bigger": True,
         "encode_format": config.encode_format,
         "encode_quality": config.encode_quality,
-        # Holds the orientation, which resizing loses: the filter drops rotated images.
-        "extract_exif": True,
         "compute_hash": "sha256",
         "processes_count": config.machine.processes,
         "thread_count": config.machine.threads,
-        "timeout": config.timeout,
-        "retries": config.retries,
         "incremental_mode": "incremental",
         "max_shard_retry": 1,
         "enable_wandb": False,
     }
+    fetch = config.machine.model_dump(mode="json", include=set(FetchConfig.model_fields))
+    return {
+        "fetch": fetch,
+        "allow": config.allow,
+        "decode": config.decode.model_dump(mode="json"),
+        "img2dataset": arguments,
+    }
 
 
 def _environment() -> dict[str, str]:
-    """Return variables that disable update checks and telemetry, and proxies for this machine's own servers."""
-    direct = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1,localhost")))
-    return {
-        "NO_ALBUMENTATIONS_UPDATE": "1",
-        "WANDB_MODE": "disabled",
-        "OPENCV_IO_MAX_IMAGE_PIXELS": str(MAX_PIXELS),
-        "no_proxy": direct,
-        "NO_PROXY": direct,
-    }
+    """Return variables that disable update checks and telemetry."""
+    return {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}
 
 
 # The sidecar.
@@ -203,26 +211,26 @@ def _watch(
     process: subprocess.Popen[bytes],
     sidecar: subprocess.Popen[bytes] | None,
     shards: Path,
-    done: int,
     config: DownloadConfig,
     logs: Path,
 ) -> Iterator[None]:
-    """Yield once per finished shard, until the process ends.
+    """Yield once for each row of a shard that is finished from now on, until the process ends.
 
-    Raises KoalaError if the sidecar ends, since all later rows would fail, or if img2dataset makes no progress: it waits
-    for ever for a worker that was killed, by the out-of-memory killer for example.
+    Raises KoalaError if the sidecar ends, since all later rows would fail, or if img2dataset makes no progress.
     """
-    patience = 300 + 400 * config.timeout * (config.retries + 1) / config.machine.threads
-    last, moved = _footprint(shards), time.monotonic()
+    machine = config.machine
+    patience = 300 + 400 * machine.deadline * (machine.retries + 1) / machine.threads
+    finished = set(_stats(shards))
+    last, moved = _footprint(shards, finished), time.monotonic()
     ended = False
     while not ended:
         ended = process.poll() is not None
-        now_done = len(_stats(shards))
-        yield from (None for _ in range(done, now_done))
-        done = now_done
+        news = _stats(shards, but=finished)
+        finished |= news.keys()
+        yield from (None for stats in news.values() for _ in range(stats["count"]))
         if sidecar and not ended:
             _check_sidecar(sidecar, logs / "sidecar.log")
-        if (footprint := _footprint(shards)) != last:
+        if (footprint := _footprint(shards, finished)) != last:
             last, moved = footprint, time.monotonic()
         elif time.monotonic() - moved > patience:
             raise KoalaError(f"img2dataset has stood still for {patience:.0f} s (see {logs}): run again to resume")
@@ -230,18 +238,22 @@ def _watch(
             time.sleep(POLL_SECONDS)
 
 
-def _footprint(shards: Path) -> tuple[int, int]:
-    """Return the number of files and their bytes, which grow as long as images arrive."""
-    sizes = [entry.stat().st_size for entry in os.scandir(shards)]
-    return len(sizes), sum(sizes)
+def _footprint(shards: Path, finished: Collection[str]) -> tuple[int, int]:
+    """Return the number of files, and the bytes of unfinished shards: they grow as long as images arrive."""
+    files = list(os.scandir(shards))
+    growing = [file for file in files if re.split(r"[_.]", file.name)[0] not in finished]
+    return len(files), sum(file.stat().st_size for file in growing)
 
 
-def _stats(shards: Path) -> dict[str, dict[str, Any]]:
-    """Return img2dataset's counts of each finished shard. A file that is still being written is ignored."""
+def _stats(shards: Path, but: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """Return img2dataset's counts of each finished shard, but for some. A file that is still being written is ignored."""
     found = {}
     for file in sorted(shards.glob("*_stats.json")):
+        shard = file.name.removesuffix("_stats.json")
+        if shard in but:
+            continue
         try:
-            found[file.name.removesuffix("_stats.json")] = json.loads(file.read_text())
+            found[shard] = json.loads(file.read_text())
         except json.JSONDecodeError:
             continue
     return found
@@ -293,8 +305,8 @@ def summarise(shards: Path) -> dict[str, Any]:
 
 
 def _kind_of_error(message: str) -> str:
-    """Normalise an error message for counting: digits become N, control characters are removed."""
-    text = re.sub(r"(?<!Error )(?<!Errno )\b\d+\b", "N", message)
+    """Normalise a cause for counting: digits but a status become N, control characters are removed."""
+    text = re.sub(r"(?<!status )\b\d+\b", "N", message)
     return "".join(character for character in text if character.isprintable())[:80]
 
 
@@ -303,13 +315,3 @@ def plot(stats: dict[str, Any]) -> "Figure":
     from koala.plots import bars
 
     return bars({"success": stats["status"]["success"]} | stats["errors"], "rows", f"{stats['rows']} rows of the table")
-
-
-if __name__ in ("__main__", "__mp_main__"):  # here, and in the processes that img2dataset spawns
-    # webdataset works without torch: each process starts in half the time and is 200 MB smaller.
-    sys.modules["torch"] = None  # type: ignore[assignment]
-
-if __name__ == "__main__":
-    import img2dataset
-
-    img2dataset.download(**json.loads(sys.argv[1]))

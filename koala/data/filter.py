@@ -31,7 +31,7 @@ DROPPED = pa.schema({name: pa.string() for name in ("key", "url", "caption", "ru
 """Columns of dropped.parquet."""
 JUDGED = pa.schema({**{field.name: field.type for field in DROPPED}, "sha256": pa.binary(), "dhash": pa.uint64()})
 """Columns of the judged tables. `rule` is the rule that the sample breaks by itself, or null."""
-NOT_KEPT_META = ("exif", "status", "error_message")
+NOT_KEPT_META = ("status", "error_message")
 
 
 def filter(config: FilterConfig, images: Path, out: Path, run: Run) -> None:

@@ -5,7 +5,6 @@ with params.yaml.
 """
 
 import io
-import json
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -50,23 +49,14 @@ def look(data: bytes) -> View:
 def broken_rule(sample: Sample, view: View, rules: Iterable["Rule"]) -> str | None:
     """Return the name under which the sample is dropped, or None if it is kept.
 
-    `undecodable`, `decompression_bomb` and `rotated` always apply, before `rules`.
+    `undecodable` and `decompression_bomb` always apply, before `rules`.
     """
-    checks = chain((_undecodable, _rotated), (rule.broken for rule in rules))
+    checks = chain((_undecodable,), (rule.broken for rule in rules))
     return next((name for check in checks if (name := check(sample, view))), None)
 
 
 def _undecodable(sample: Sample, view: View) -> str | None:
     return view.fault
-
-
-def _rotated(sample: Sample, view: View) -> str | None:
-    """Drop an image that EXIF marks as rotated or mirrored: img2dataset ignores the tag."""
-    try:
-        orientation = json.loads(sample.meta.get("exif") or "{}").get("Image Orientation", "")
-    except (json.JSONDecodeError, AttributeError):
-        return None
-    return "rotated" if re.match("rotated|mirrored", str(orientation), re.IGNORECASE) else None
 
 
 class Rule(Config, ABC):
