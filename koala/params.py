@@ -36,9 +36,14 @@ from koala.distill.config import DistillConfig, DistillMachine
 from koala.distill.features import feature_pairs
 from koala.errors import KoalaError
 from koala.evaluate.config import COSTS, EvaluateConfig, EvaluateMachine, SamplingConfig
+from koala.evaluate.metrics.b_vqa import BVqa
 from koala.evaluate.metrics.clip_score import ClipScore
+from koala.evaluate.metrics.cmmd import Cmmd
+from koala.evaluate.metrics.dino_cosine import DinoCosine
+from koala.evaluate.metrics.fd_dinov2 import FdDinov2
+from koala.evaluate.metrics.pick_score import PickScore
 from koala.evaluate.metrics.psnr import Psnr
-from koala.evaluate.prompts import FilePrompts
+from koala.evaluate.prompt_files import FilePrompts, HubPrompts
 from koala.evaluate.statistics import power, prompts_needed, resolvable, yes_no_spread
 from koala.publish import approvals
 from koala.publish.config import PublishConfig
@@ -61,8 +66,10 @@ class _TinyTeacher(TinyTeacher):
 Source = Annotated[TableSource | ShapesSource, Field(discriminator="kind")]
 Teacher = Annotated[HubTeacher | FolderTeacher | FileTeacher | _TinyTeacher, Field(discriminator="kind")]
 Rule = Annotated[Words | Size | Aspect | Ascii | Blocklist | Scores, Field(discriminator="kind")]
-Prompts = Annotated[FilePrompts | ShapesPrompts, Field(discriminator="kind")]
-Metric = Annotated[Attributes | ClipScore | Psnr, Field(discriminator="kind")]
+Prompts = Annotated[FilePrompts | HubPrompts | ShapesPrompts, Field(discriminator="kind")]
+Metric = Annotated[
+    Attributes | BVqa | ClipScore | Cmmd | DinoCosine | FdDinov2 | PickScore | Psnr, Field(discriminator="kind")
+]
 Target = Annotated[FolderTarget | S3Target, Field(discriminator="kind")]
 
 
@@ -130,7 +137,7 @@ class Profile(Config):
         for rule in rules:
             least, column = float(rule.at_least or 0), columns[rule.metric]
             spread = yes_no_spread(least) if column.yes_no else column.spread
-            prompts = min(self.evaluate.count, len(set(self.evaluate.prompts.load())))
+            prompts = min(self.evaluate.count, len({prompt.text for prompt in self.evaluate.prompts.load()}))
             if spread is not None and not resolvable(least, spread, prompts):
                 passes, needed = power(least, spread, prompts), prompts_needed(least, spread)
                 lines.append(

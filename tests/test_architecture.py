@@ -164,8 +164,8 @@ class Brightness(Metric):
         return {"brightness": [image.convert("L").resize((1, 1)).getpixel((0, 0)) for image in images]}
 """,
         (
-            "Metric = Annotated[Attributes",
-            "Metric = Annotated[Brightness | Attributes",
+            "    Attributes | BVqa",
+            "    Brightness | Attributes | BVqa",
             "from koala.evaluate.metrics.brightness import Brightness",
         ),
         """

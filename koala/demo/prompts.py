@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from koala.evaluate.prompts import PromptSet
+from koala.evaluate.prompts import PromptSet, Written
 
 
 class ShapesPrompts(PromptSet):
@@ -11,8 +11,8 @@ class ShapesPrompts(PromptSet):
     kind: Literal["shapes"] = "shapes"
     """Name of the kind."""
 
-    def load(self) -> list[str]:
+    def load(self) -> list[Written]:
         """Return the prompts, such as `a large red circle on a white background`."""
         from koala.demo.shapes import ALL_ATTRIBUTES, describe
 
-        return [describe(attributes) for attributes in ALL_ATTRIBUTES]
+        return [Written(describe(attributes), attributes.shape) for attributes in ALL_ATTRIBUTES]

@@ -45,7 +45,7 @@ class EvaluateConfig(Config):
     """What is measured, and on which images. The stages `reference` and `evaluate` share it."""
 
     prompts: SerializeAsAny[PromptSet]
-    """Prompts that images are generated from, such as `{kind: file, path: infra/prompts.txt}`."""
+    """Prompts that images are generated from, such as `{kind: file, path: infra/prompts.jsonl}`."""
 
     count: int = Field(gt=0)
     """Images of each model. The prompts are cycled; image i has the seed `seed + i`."""
@@ -78,8 +78,9 @@ class EvaluateConfig(Config):
         return self
 
     def scores(self) -> tuple[str, ...]:
-        """Return the names of all scores of a student's images."""
-        return tuple(name for metric in self.metrics for name in metric.names())
+        """Return the names of all scores that each of a student's images has."""
+        sets = {name for name, column in self.columns().items() if column.of_set}
+        return tuple(name for metric in self.metrics for name in metric.names() if name not in sets)
 
     def columns(self) -> dict[str, Column]:
         """Return the columns of all metrics by the name of their score."""

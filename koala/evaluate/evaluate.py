@@ -7,17 +7,18 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from koala.console import say
+from koala.console import progress, say
 from koala.errors import KoalaError
-from koala.evaluate import page, report
+from koala.evaluate import extractors, page, report
 from koala.evaluate.config import EvaluateConfig
 from koala.evaluate.generation import generate_images
 from koala.evaluate.images import read_images
 from koala.evaluate.prompts import Prompt, seeded_prompts
-from koala.evaluate.statistics import CONFIDENCE, RESAMPLES, Estimate, estimate
+from koala.evaluate.statistics import CONFIDENCE, RESAMPLES, Estimate, by_category, estimate
 from koala.evaluate.values import FILE as VALUES
 from koala.evaluate.values import Values
 from koala.run import STATE, Run
@@ -36,7 +37,8 @@ def evaluate(
 
     `out` holds report.html, metrics.json, values.parquet, summary.md, summary.txt, plots/ (PNG), samples/ (the student's
     images of the grid) and curves/curves.csv. metrics.json gives each model's values, those of `distilled` beside its
-    teacher's, the 95 % `intervals` and one-sided 95 % `bounds` of scores, and what the figures depend on (`pinned`).
+    teacher's, the 95 % `intervals` and one-sided 95 % `bounds` of scores, scores in `categories` of prompts, and what the
+    figures depend on (`pinned`).
 
     The students' images are kept in `out / STATE`: an interrupted call resumes, and metrics can be added without
     generating again. Another student needs another `out`.
@@ -64,10 +66,13 @@ def evaluate(
         images[model] = generate_images(folder, prompts, config, out / STATE / model, f"evaluate: {model}")
 
     costs = _costs(teacher, distilled, config)
-    values = {model: _scores(model, images, prompts, config) for model in images}
+    values, of_sets = _scores(images, prompts, config)
     shared = [name for name, column in config.columns().items() if column.of_teacher and name in values["teacher"]]
     scores, compared = estimate([prompt.text for prompt in prompts], values, shared)
-    measured = {model: {name: score.value for name, score in scores[model].items()} | costs[model] for model in images}
+    measured = {
+        model: {name: score.value for name, score in scores[model].items()} | of_sets[model] | costs[model]
+        for model in images
+    }
     derived = {
         "size_of_teacher": costs["after"]["unet_parameters"] / costs["teacher"]["unet_parameters"],
         "speed_up": costs["teacher"]["step_ms"] / costs["after"]["step_ms"],
@@ -75,10 +80,15 @@ def evaluate(
     }
     bounds = {name: figure.bounds for name, figure in {**scores["after"], **compared}.items()}
 
+    categories = by_category(
+        [prompt.text for prompt in prompts], [prompt.category for prompt in prompts], values, shared
+    )
     pinned = _pinned(config, distilled, images["after"], prompts)
     sections = {
         "intervals": {**{model: _intervals(scores[model]) for model in scores}, **_intervals(compared)},
         "bounds": bounds,
+        # A list, which `dvc metrics show` leaves out: its columns would bury the figures of all images.
+        "categories": [asdict(each) for each in categories],
         "pinned": pinned,
     }
     _write(out, distilled, {**measured, **derived, **sections})
@@ -90,6 +100,7 @@ def evaluate(
         distilled.name,
         table,
         values,
+        categories,
         ranked_by,
         images,
         prompts,
@@ -101,21 +112,33 @@ def evaluate(
 
 
 def _scores(
-    model: str, images: "Mapping[str, Sequence[Image]]", prompts: Sequence[Prompt], config: EvaluateConfig
-) -> dict[str, Sequence[float]]:
-    """Return the value of each of a model's images, by the score's name."""
-    reference = None if model == "teacher" else images["teacher"]
-    scores: dict[str, Sequence[float]] = {}
+    images: "Mapping[str, Sequence[Image]]", prompts: Sequence[Prompt], config: EvaluateConfig
+) -> tuple[dict[str, dict[str, Sequence[float]]], dict[str, dict[str, float]]]:
+    """Return each model's values of its images by the score's name, and its figures of all images together.
+
+    A metric measures all models before the next one, so that what it loads is loaded once.
+    """
+    values: dict[str, dict[str, Sequence[float]]] = {model: {} for model in images}
+    of_sets: dict[str, dict[str, float]] = {model: {} for model in images}
     for metric in config.metrics:
-        for name, values in metric.measure(images[model], prompts, reference).items():
-            wrong = [number for number, value in enumerate(values) if value is None or not math.isfinite(value)]
-            if wrong or len(values) != len(prompts):
-                which = f"image {wrong[0]}" if wrong else f"each image: {len(values)} values of {len(prompts)}"
-                raise KoalaError(
-                    f"the metric {metric.kind} gives no number {name} for {which} ({model}): mend the metric"
-                )
-            scores[name] = values
-    return scores
+        for model in progress(images, f"evaluate: {metric.kind}", len(images)):
+            reference = None if model == "teacher" else images["teacher"]
+            for name, found in metric.measure(images[model], prompts, reference).items():
+                _check(metric.kind, name, model, found, len(prompts))
+                values[model][name] = found
+            for name, figure in metric.measure_set(images[model], prompts, reference).items():
+                _check(metric.kind, name, model, [figure], 1)
+                of_sets[model][name] = figure
+        extractors.forget()
+    return values, of_sets
+
+
+def _check(metric: str, name: str, model: str, values: Sequence[float], count: int) -> None:
+    """Raise KoalaError where there is not a finite number for each image."""
+    wrong = [number for number, value in enumerate(values) if value is None or not math.isfinite(value)]
+    if wrong or len(values) != count:
+        which = f"image {wrong[0]}" if wrong else f"each image: {len(values)} values of {count}"
+        raise KoalaError(f"the metric {metric} gives no number {name} for {which} ({model}): mend the metric")
 
 
 def _costs(teacher: Path, student: Path, config: EvaluateConfig) -> dict[str, dict[str, float]]:

@@ -5,7 +5,6 @@ Beside the images, prompts.jsonl holds their prompts and seeds, and settings.jso
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -80,7 +79,7 @@ def read_images(folder: Path, prompts: Sequence[Prompt], config: EvaluateConfig)
 
 
 def _prompt_lines(prompts: Sequence[Prompt]) -> str:
-    return "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts)
+    return "".join(json.dumps({"text": prompt.text, "seed": prompt.seed}) + "\n" for prompt in prompts)
 
 
 def _settings(config: EvaluateConfig) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from koala.evaluate.prompts import Prompt
 from koala.evaluate.report import label
+from koala.evaluate.statistics import OfCategory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,6 +36,7 @@ def write(
     student: str,
     table: tuple[Sequence[str], Sequence[Sequence[str]]],
     values: Mapping[str, Mapping[str, Sequence[float]]],
+    categories: Sequence[OfCategory],
     ranked_by: str | None,
     images: "Mapping[str, Sequence[Image]]",
     prompts: Sequence[Prompt],
@@ -48,6 +50,7 @@ def write(
         student: The student's name.
         table: Column names and cells of the summary.
         values: Model -> score -> value of each image.
+        categories: Scores in each category of prompts.
         ranked_by: The score by which prompts are the best and the worst; None for none.
         images: Each model's images, by the keys of `values`.
         prompts: What the images were generated from.
@@ -60,6 +63,9 @@ def write(
         f'<p class="note">{len(prompts)} images of each model, the same prompts and seeds. '
         "In parentheses: 95 % intervals, by a paired bootstrap over prompts.</p>",
     ]
+    if categories:
+        head = ("category", "score", "images", "teacher", student, "of teacher's")
+        parts += ["<h2>By category of prompts, the worst first</h2>", _table(head, list(map(_cells, categories)))]
     if ranked_by:
         ranked = _rank(prompts, values, ranked_by)  # the worst first
         below, above = [one for one in ranked if one[0] < 0], [one for one in reversed(ranked) if one[0] > 0]
@@ -83,6 +89,12 @@ def write(
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
+
+
+def _cells(row: OfCategory) -> tuple[str, ...]:
+    low, high = row.interval
+    share = f"{row.share:.1%} ({100 * low:.1f}-{100 * high:.1f})"
+    return row.category, row.score, str(row.images), f"{row.teacher:.4g}", f"{row.student:.4g}", share
 
 
 def _rank(

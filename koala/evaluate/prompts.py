@@ -1,12 +1,25 @@
 """Prompt sets: what images are generated from to measure a model."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from itertools import chain, zip_longest
 
 from koala.config import Config
-from koala.errors import KoalaError
+
+
+@dataclass(frozen=True)
+class Written:
+    """A prompt of a set."""
+
+    text: str
+    """What is asked for."""
+
+    category: str = ""
+    """What it asks of a model, such as `counts`; empty where the set has no categories."""
+
+    chunks: tuple[str, ...] = ()
+    """Its noun chunks, `a black cat`, about each of which a metric may ask."""
 
 
 @dataclass(frozen=True)
@@ -15,6 +28,8 @@ class Prompt:
 
     text: str
     seed: int
+    category: str = ""
+    chunks: tuple[str, ...] = ()
 
 
 class PromptSet(Config, ABC):
@@ -24,32 +39,18 @@ class PromptSet(Config, ABC):
     """Name of the kind."""
 
     @abstractmethod
-    def load(self) -> list[str]:
+    def load(self) -> Sequence[Written]:
         """Return the prompts in their order, at least one."""
 
 
-class FilePrompts(PromptSet):
-    """Prompts of a text file, one a line; empty lines are skipped."""
-
-    kind: Literal["file"] = "file"
-    """Name of the kind."""
-
-    path: Path
-    """The text file, relative to the current folder."""
-
-    def load(self) -> list[str]:
-        """Return the file's lines. Raises KoalaError where the file is missing or empty."""
-        if not self.path.is_file():
-            raise KoalaError(
-                f"evaluate.prompts names {self.path}, which is not there: give a text file with a prompt a line"
-            )
-        lines = [line.strip() for line in self.path.read_text().splitlines() if line.strip()]
-        if not lines:
-            raise KoalaError(f"{self.path} (evaluate.prompts) holds no prompt: write one a line")
-        return lines
-
-
 def seeded_prompts(prompts: PromptSet, count: int, seed: int) -> list[Prompt]:
-    """Return `count` prompts, cycling through the set; prompt i has the seed `seed + i`."""
-    texts = prompts.load()
-    return [Prompt(texts[number % len(texts)], seed + number) for number in range(count)]
+    """Return `count` prompts with the seeds `seed`, `seed + 1`, ...
+
+    The categories take turns, so that any count has as many of each as it can. The set is cycled where it is shorter.
+    """
+    of_category: dict[str, list[Written]] = {}
+    for written in prompts.load():
+        of_category.setdefault(written.category, []).append(written)
+    turns = [written for written in chain(*zip_longest(*of_category.values())) if written is not None]
+    chosen = (turns[number % len(turns)] for number in range(count))
+    return [Prompt(each.text, seed + number, each.category, each.chunks) for number, each in enumerate(chosen)]

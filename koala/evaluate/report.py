@@ -96,16 +96,17 @@ def table(
             f"{values['unet_parameters'] / teacher['unet_parameters']:.0%}",
             f"{values['step_ms']:.1f}",
             f"{teacher['step_ms'] / values['step_ms']:.2f} x",
-            *(_with_interval(figures[model].get(name), form) for name, form in quality),
+            *(_shown(figures[model].get(name), values.get(name), form) for name, form in quality),
         ]
         for model, values in measured.items()
     ]
     return columns, rows
 
 
-def _with_interval(figure: Estimate | None, form: str) -> str:
+def _shown(figure: Estimate | None, value: float | None, form: str) -> str:
+    """Return a score with its interval, a figure of a set without one, or a dash."""
     if figure is None:
-        return "-"
+        return "-" if value is None else form.format(value)
     low, high = (_UNIT.sub("", form.format(end)) for end in figure.interval)
     return f"{form.format(figure.value)} ({low}-{high})"
 

@@ -82,6 +82,45 @@ def estimate(
     return models, compared
 
 
+@dataclass(frozen=True)
+class OfCategory:
+    """A score on the prompts of one category."""
+
+    category: str
+    score: str
+    images: int
+    """Images of each model."""
+    teacher: float
+    student: float
+    share: float
+    """The student's mean over its teacher's."""
+    interval: tuple[float, float]
+    """Two-sided 95 % interval of the share."""
+
+
+def by_category(
+    prompts: Sequence[str], categories: Sequence[str], scores: Mapping[str, Scores], shared: Sequence[str]
+) -> list[OfCategory]:
+    """Return the student beside its teacher in each category, the worst first; nothing where there are no categories.
+
+    Args:
+        prompts: The prompt of each image.
+        categories: Its category, empty for none.
+        scores: As `estimate` takes them.
+        shared: Scores to compare.
+    """
+    found = []
+    for category in sorted({category for category in categories if category}):
+        numbers = [number for number, each in enumerate(categories) if each == category]
+        own = [prompts[number] for number in numbers]
+        for score in shared:
+            ours, theirs = ([scores[model][score][number] for number in numbers] for model in (STUDENT, TEACHER))
+            kept = share(own, ours, theirs)
+            means = sum(theirs) / len(numbers), sum(ours) / len(numbers)
+            found.append(OfCategory(category, score, len(numbers), *means, kept.value, kept.interval))
+    return sorted(found, key=lambda each: (shared.index(each.score), each.share))
+
+
 def share(prompts: Sequence[str], ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
     """Return the ratio of the means of two models' scores.
 

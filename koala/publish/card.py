@@ -1,6 +1,6 @@
 """The model card, rendered from metrics and provenance."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ measured it. Licence of the weights: {license}.
 {table}
 ![prompts down, models across, same seeds](grid.png)
 
-## Use
+{strengths}## Use
 
 ```python
 from diffusers import StableDiffusionXLPipeline
@@ -108,6 +108,7 @@ def render(
         speed=derived["speed_up"],
         license=config.license,
         table=table,
+        strengths=_strengths(metrics.get("categories", ())),
         prompt=example(config),
         steps=config.sampling.steps,
         guidance=config.sampling.guidance,
@@ -119,6 +120,25 @@ def render(
 
 def _tags(files: SingleFiles) -> list[str]:
     return ["diffusion-single-file"] * bool(files.checkpoint) + ["comfyui"] * bool(files.recognised)
+
+
+def _strengths(categories: Sequence[Mapping[str, Any]]) -> str:
+    """Return the card's section on what the student is good and bad at, by the first score; empty without categories."""
+    rows = [row for row in categories if row["score"] == categories[0]["score"]]
+    if not rows:
+        return ""
+    lines = [
+        "## What it is good at",
+        "",
+        f"Its `{rows[0]['score']}` beside its teacher's by category of prompts, with 95 % intervals:",
+        "",
+        "| prompts | images | of teacher's |",
+        "| --- | ---: | ---: |",
+    ]
+    for row in reversed(rows):
+        low, high = row["interval"]
+        lines.append(f"| {row['category']} | {row['images']} | {row['share']:.1%} ({100 * low:.1f}-{100 * high:.1f}) |")
+    return "\n".join(lines) + "\n\n"
 
 
 def _files(files: SingleFiles) -> str:

@@ -8,8 +8,9 @@ from pydantic import ValidationError
 from koala.demo.attributes import Attributes
 from koala.demo.prompts import ShapesPrompts
 from koala.evaluate.config import EvaluateMachine, SamplingConfig
+from koala.evaluate.metrics.fd_dinov2 import FdDinov2
 from koala.evaluate.metrics.psnr import Psnr
-from koala.evaluate.prompts import FilePrompts
+from koala.evaluate.prompt_files import FilePrompts
 
 
 def test_attributes_need_the_demos_prompts(make_config) -> None:
@@ -46,3 +47,10 @@ def test_resume_key_holds_what_decides_the_images(make_config) -> None:
     for field, value in other.items():
         assert make_config(**{field: value}).resume_key() != key, field
     assert make_config(prompts=ShapesPrompts()).resume_key() == key
+
+
+def test_no_rule_can_name_a_figure_of_all_images(make_config) -> None:
+    """It has no interval by which a rule could judge it."""
+    config = make_config(metrics=(FdDinov2(model="m", revision="r"), Psnr()))
+    assert config.scores() == ("agreement_db",)
+    assert "fd_dinov2" in config.columns()

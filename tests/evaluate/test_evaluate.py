@@ -50,7 +50,7 @@ def test_each_model_is_measured_on_its_own_images(judged, make_config, tmp_path,
         expected["after"] - expected["teacher"], abs=0.2
     )
     comparisons = {"share_of_teacher/projection", "difference_from_teacher/projection"}
-    sections = {"intervals", "bounds", "pinned"}
+    sections = {"intervals", "bounds", "categories", "pinned"}
     assert set(metrics) == {"teacher", "before", "after", "size_of_teacher", "speed_up"} | comparisons | sections
     assert set(metrics["intervals"]) == {"teacher", "before", "after"} | comparisons
     assert set(metrics["bounds"]) == {"projection", "agreement_db"} | comparisons

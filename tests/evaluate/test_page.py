@@ -11,8 +11,13 @@ from PIL import Image
 
 from koala.evaluate import page
 from koala.evaluate.prompts import Prompt
+from koala.evaluate.statistics import OfCategory
 
 PROMPTS = [Prompt("a <script>alert(1)</script> cat", 5), Prompt("a dog & a cow", 6), Prompt("a dog & a cow", 7)]
+CATEGORIES = [
+    OfCategory("a <b>", "score", 2, 0.5, 0.4, 0.8, (0.712, 0.9)),
+    OfCategory("counts", "score", 1, 0.5, 0.6, 1.2, (1, 1.4)),
+]
 GREY = {"teacher": 10, "before": 20, "after": 30}
 VALUES = {
     "teacher": {"score": [0.5, 0.9, 0.9]},
@@ -51,8 +56,16 @@ def written(tmp_path: Path) -> str:
     }
     table = (["model", "score"], [["teacher", "76.7% (50.0-90.0)"], ["koala after", "55.0% (40.0-75.0)"]])
     file = tmp_path / "report.html"
-    page.write(file, "koala", table, VALUES, "score", images, PROMPTS, plots, {"sampler": "Euler", "seed": 5})
+    page.write(
+        file, "koala", table, VALUES, CATEGORIES, "score", images, PROMPTS, plots, {"sampler": "Euler", "seed": 5}
+    )
     return file.read_text()
+
+
+def test_categories_are_shown(written: str) -> None:
+    rows = re.findall(r"<tr>(.*?)</tr>", written)
+    assert "<td>a &lt;b&gt;</td><td>score</td><td>2</td><td>0.5</td><td>0.4</td><td>80.0% (71.2-90.0)</td>" in rows
+    assert written.index("a &lt;b&gt;") < written.index("counts")
 
 
 def test_the_page_fetches_nothing_and_runs_nothing(written: str) -> None:
@@ -88,5 +101,6 @@ def test_prompts_are_ranked_by_their_mean_difference_with_the_images_of_each_mod
 def test_without_a_score_of_which_more_is_better_there_is_no_ranking(tmp_path: Path) -> None:
     images = {model: [Image.new("RGB", (8, 8))] * 3 for model in GREY}
     (tmp_path / "plots").mkdir()
-    page.write(tmp_path / "r.html", "koala", ([], []), VALUES, None, images, PROMPTS, tmp_path / "plots", {})
+    page.write(tmp_path / "r.html", "koala", ([], []), VALUES, [], None, images, PROMPTS, tmp_path / "plots", {})
     assert "Worst" not in (tmp_path / "r.html").read_text()
+    assert "By category" not in (tmp_path / "r.html").read_text()

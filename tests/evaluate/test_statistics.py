@@ -7,12 +7,14 @@ import pytest
 
 from koala.evaluate.statistics import (
     _tail,
+    by_category,
     estimate,
     power,
     prompts_needed,
     ratio,
     resampled_means,
     resolvable,
+    share,
     yes_no_spread,
 )
 
@@ -133,3 +135,25 @@ def test_power_of_other_scores() -> None:
     assert prompts_needed(0.98, 0.08) == 99
     assert resolvable(0.98, 0.08, 99)
     assert not resolvable(0.98, 0.08, 98)
+
+
+def test_categories_are_compared_by_themselves_the_worst_first() -> None:
+    prompts, categories = ["a", "b", "c", "d", "e"], ["x", "x", "y", "y", ""]
+    scores = {"teacher": {"s": [1, 1, 2, 2, 9]}, "after": {"s": [1, 1, 1, 2, 0]}, "before": {"s": [0] * 5}}
+    found = by_category(prompts, categories, scores, ["s"])
+    assert [(row.category, row.images, row.teacher, row.student, row.share) for row in found] == [
+        ("y", 2, 2, 1.5, 0.75),
+        ("x", 2, 1, 1, 1),
+    ]
+    assert found[1].interval == (1, 1)
+    assert found[0].interval[0] < 0.75 < found[0].interval[1]
+    assert by_category(prompts, [""] * 5, scores, ["s"]) == []
+
+
+def test_a_share_is_paired() -> None:
+    """The same noise in both models cancels: the interval of the share is that of the difference alone."""
+    random = np.random.default_rng(0)
+    hard = random.uniform(1, 9, 200)
+    kept = share([str(number) for number in range(200)], list(0.9 * hard), list(hard))
+    assert kept.value == pytest.approx(0.9)
+    assert kept.interval == pytest.approx((0.9, 0.9))

@@ -156,6 +156,25 @@ def test_the_card_is_valid_and_carries_the_figures(folders, tmp_path) -> None:
     assert "6 steps of 8 images at a learning rate of 0.0005" in card.text
 
 
+def test_the_card_says_what_it_is_good_at(folders, tmp_path) -> None:
+    def row(category: str, share: float) -> dict:
+        return {
+            "category": category,
+            "score": "s",
+            "images": 72,
+            "share": share,
+            "interval": [share - 0.1, share + 0.1],
+        }
+
+    metrics = METRICS | {
+        "categories": [row("counts", 0.7), row("scenes", 0.99), row("counts", 0.1) | {"score": "other"}]
+    }
+    (folders["evaluation"] / "metrics.json").write_text(json.dumps(metrics))
+    publish(PublishConfig(license="apache-2.0"), **folders, out=tmp_path / "release", run=NoRun())
+    text = (tmp_path / "release" / "README.md").read_text()
+    assert "| scenes | 72 | 99.0% (89.0-109.0) |\n| counts | 72 | 70.0% (60.0-80.0) |\n\n## Use" in text
+
+
 def test_a_pipeline_without_provenance_has_a_card_too(folders, tmp_path) -> None:
     (folders["distilled"] / "provenance.json").unlink()
     config = PublishConfig(license="apache-2.0")

@@ -1,6 +1,6 @@
 """The base of every metric of image quality."""
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -29,13 +29,16 @@ class Column:
     yes_no: bool = False
     """Whether an image's value is 0 or 1."""
 
+    of_set: bool = False
+    """Whether it is one figure of all images together. It has no interval: a rule of the gate cannot name it."""
+
     spread: float | None = None
     """Of other values, assumed: the standard deviation, over prompts, of a good student's value less its teacher's, as a share
     of the teacher's mean. By it a rule of the gate knows how many prompts it needs; None: it is not known."""
 
 
 class Metric(Config, ABC):
-    """A measure of images; its kinds are subclasses, one file each."""
+    """A measure of images; its kinds are subclasses, one file each. It measures each image, or a model's images together."""
 
     columns: ClassVar[Mapping[str, Column]] = {}
     """The scores that the report's table shows, by name."""
@@ -50,7 +53,6 @@ class Metric(Config, ABC):
         """Return the names of all scores that `measure` gives for a student."""
         return tuple(self.columns)
 
-    @abstractmethod
     def measure(
         self, images: "Sequence[Image]", prompts: Sequence[Prompt], reference: "Sequence[Image] | None"
     ) -> Mapping[str, Sequence[float]]:
@@ -64,7 +66,24 @@ class Metric(Config, ABC):
         Returns:
             The value of each image, a finite number, by the score's name. Empty where the metric says nothing of these images.
         """
+        return {}
+
+    def measure_set(
+        self, images: "Sequence[Image]", prompts: Sequence[Prompt], reference: "Sequence[Image] | None"
+    ) -> Mapping[str, float]:
+        """Measure one model's images together. Arguments as of `measure`. Return figures by the names of `of_set` columns."""
+        return {}
 
     def plots(self, measured: Mapping[str, Mapping[str, float]]) -> "dict[str, Figure]":
         """Return plots by file name (without suffix). measured: a model's label -> all its values by name."""
         return {}
+
+
+class ModelMetric(Metric):
+    """A metric by a pretrained model."""
+
+    model: str
+    """The model: a Hub repository, or a folder."""
+
+    revision: str
+    """The Hub commit of the model, pinned so that scores stay comparable."""
