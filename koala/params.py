@@ -48,6 +48,7 @@ from koala.evaluate.statistics import power, prompts_needed, resolvable, yes_no_
 from koala.publish import approvals
 from koala.publish.config import PublishConfig
 from koala.publish.targets.folder import FolderTarget
+from koala.publish.targets.hub import HubTarget
 from koala.publish.targets.s3 import S3Target
 from koala.teacher.config import FileTeacher, FolderTeacher, HubTeacher, TinyTeacher
 from koala.unet.blocks import StudentRule, keep
@@ -70,7 +71,7 @@ Prompts = Annotated[FilePrompts | HubPrompts | ShapesPrompts, Field(discriminato
 Metric = Annotated[
     Attributes | BVqa | ClipScore | Cmmd | DinoCosine | FdDinov2 | PickScore | Psnr, Field(discriminator="kind")
 ]
-Target = Annotated[FolderTarget | S3Target, Field(discriminator="kind")]
+Target = Annotated[FolderTarget | HubTarget | S3Target, Field(discriminator="kind")]
 
 
 class _Filter(FilterConfig):

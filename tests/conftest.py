@@ -40,6 +40,7 @@ SLOW = (
     "evaluate/test_images.py",
     "flows/",
     "pipeline/",
+    "publish/test_hub.py",
     "publish/test_lora.py",
     "publish/test_releases.py",
     "publish/test_single_file.py",

@@ -200,8 +200,8 @@ class NoteTarget(Target):
         return {"file": self.file}
 """,
         (
-            "Target = Annotated[FolderTarget | S3Target",
-            "Target = Annotated[FolderTarget | S3Target | NoteTarget",
+            "Target = Annotated[FolderTarget | HubTarget",
+            "Target = Annotated[NoteTarget | FolderTarget | HubTarget",
             "from koala.publish.targets.note import NoteTarget",
         ),
         """

@@ -1,0 +1,230 @@
+"""The Hub as a target, over HTTP, against a server that speaks its API, with its faults."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import hub_server
+import pytest
+from hub_server import TOKEN, Handler, Hub, answers
+
+from koala.errors import KoalaError
+from koala.publish.releases import roll_back, show_releases, verify
+from koala.publish.targets import hub as module
+from koala.publish.targets.hub import HubTarget
+from koala.publish.versions import Manifest
+
+NAME = "koala-700m"
+TARGET = HubTarget(owner="owner")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    from huggingface_hub import constants
+
+    server = hub_server.serve()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(module, "_FIRST_PAUSE", 0.01)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    """A release of a card, a configuration and large weights."""
+    folder = tmp_path / "release"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nThe first.\n")
+    (folder / "unet" / "config.json").write_text("{}")
+    (folder / "unet" / "weights.safetensors").write_bytes(bytes(range(256)) * 300)
+    (folder / "receipt.json").write_text('{"secret": "stays here"}')
+    return folder
+
+
+def second(release: Path) -> Path:
+    """The release with other weights, one file more and one less."""
+    other = Path(shutil.copytree(release, release.with_name("second")))
+    (other / "README.md").write_text("---\nlicense: mit\n---\nThe second.\n")
+    (other / "unet" / "weights.safetensors").write_bytes(bytes(range(255, -1, -1)) * 300)
+    (other / "unet" / "config.json").unlink()
+    (other / "report.html").write_text("<p>")
+    return other
+
+
+def uploads(hub: Hub) -> int:
+    return sum(line.startswith("PUT /lfs/") for line in hub.asked)
+
+
+def on_main(hub: Hub) -> dict[str, bytes]:
+    return {name: content for name, content in (hub.tree("main") or {}).items() if name != ".gitattributes"}
+
+
+def test_a_release_is_proposed_compared_merged_and_tagged(hub: Hub, release: Path) -> None:
+    sent = TARGET.send(release, NAME)
+    assert sent == {"version": "v1", "repository": "owner/koala-700m", "commit": hub.tags["v1"]}
+    assert hub.pulls == [{"title": hub.pulls[0]["title"], "status": "merged"}]
+    assert hub.pulls[0]["title"].startswith(f"Release {Manifest.of(release).sha256[:16]} on ")
+    assert hub.tags["v1"] == hub.refs["main"]
+    assert set(on_main(hub)) == {"README.md", "manifest.json", "unet/config.json", "unet/weights.safetensors"}
+    assert on_main(hub)["unet/weights.safetensors"] == (release / "unet" / "weights.safetensors").read_bytes()
+    read = [line for line in hub.asked if "resolve/refs/pr/1/" in line]
+    assert any("unet/weights.safetensors" in line for line in read), "it was not read back"
+    assert max(hub.asked.index(line) for line in read) < next(
+        number for number, line in enumerate(hub.asked) if line.endswith("/merge")
+    )
+
+
+def test_the_same_release_twice_is_one_version(hub: Hub, release: Path) -> None:
+    first = TARGET.send(release, NAME)
+    (release / "receipt.json").write_text("{}")  # is not sent
+    assert TARGET.send(release, NAME) == first
+    assert (len(hub.pulls), uploads(hub), list(hub.tags)) == (1, 1, ["v1"])
+
+
+def test_versions_are_listed_verified_and_rolled_back(hub: Hub, release: Path, capsys: pytest.CaptureFixture) -> None:
+    for each in (release, second(release)):
+        TARGET.send(each, NAME)
+    assert set(on_main(hub)) == {"README.md", "manifest.json", "report.html", "unet/weights.safetensors"}
+    shelf = TARGET.shelf(NAME)
+    assert (shelf.versions(), shelf.latest()) == (["v1", "v2"], "v2")
+    assert shelf.manifest("v1") == Manifest.of(release)
+    assert shelf.read("v2", "report.html") == b"<p>"
+    assert shelf.read("v1", "report.html") is None
+    show_releases([TARGET], [NAME])
+    assert [line.split()[2] for line in capsys.readouterr().out.splitlines()[2:]] == ["v1", "v2"]
+    verify([TARGET], NAME, "v1")
+
+    commits, sent = len(hub.commits), uploads(hub)
+    roll_back([TARGET], NAME, "v1")
+    assert on_main(hub) == {name: content for name, content in hub.tree("v1").items() if name != ".gitattributes"}
+    assert (shelf.versions(), shelf.latest()) == (["v1", "v2"], "v1")
+    assert (len(hub.commits), uploads(hub)) == (commits + 1, sent), "a commit more, and no file is sent again"
+    assert hub.tree("v2")["report.html"] == b"<p>"
+    # The second, published again: no third version, and main holds it.
+    assert TARGET.send(release.with_name("second"), NAME)["version"] == "v2"
+    assert shelf.latest() == "v2"
+    assert list(hub.tags) == ["v1", "v2"]
+
+
+def test_damage_is_found(hub: Hub, release: Path) -> None:
+    TARGET.send(release, NAME)
+    hub.commits[hub.tags["v1"]]["unet/config.json"] = b"spoilt"
+    with pytest.raises(KoalaError, match=r"v1 lacks unet/config.json as its manifest has it"):
+        verify([TARGET], NAME, None)
+    with pytest.raises(KoalaError, match=r"owner/koala-700m has no version 'v7': choose one of v1"):
+        verify([TARGET], NAME, "v7")
+
+
+def test_a_broken_upload_goes_on(hub: Hub, release: Path) -> None:
+    """The commit fails for good after the weights arrived: the next call sends no weights."""
+    hub.fault("POST .*/commit/", answers(500), times=4)
+    with pytest.raises(KoalaError, match=r"cannot use owner/koala-700m .*: it answers 500: publish again, it resumes"):
+        TARGET.send(release, NAME)
+    assert (uploads(hub), hub.pulls, hub.tags) == (1, [], {})
+    assert TARGET.send(release, NAME)["version"] == "v1"
+    assert uploads(hub) == 1
+
+
+def test_a_publisher_that_ends_before_the_merge_or_the_tag_is_continued(hub: Hub, release: Path) -> None:
+    for step in ("/merge", "/tag/"):
+        hub.fault(step, answers(500), times=4)
+        with pytest.raises(KoalaError, match="it answers 500"):
+            TARGET.send(release, NAME)
+    assert [pull["status"] for pull in hub.pulls] == ["merged"]
+    assert TARGET.send(release, NAME)["version"] == "v1"
+    assert len(hub.pulls) == 1
+    assert hub.tags == {"v1": hub.refs["main"]}
+
+
+def test_what_arrives_with_other_bytes_is_not_merged(hub: Hub, release: Path) -> None:
+    def spoil(handler: Handler) -> bool:
+        handler.server.large[handler.path.rpartition("/")[2]] = handler.body()[:-1] + b"!"
+        handler.reply({})
+        return True
+
+    hub.fault("PUT /lfs/", spoil)
+    with pytest.raises(
+        KoalaError, match=r"holds other bytes of unet/weights.safetensors than were sent: .* 1 is closed"
+    ):
+        TARGET.send(release, NAME)
+    assert [pull["status"] for pull in hub.pulls] == ["closed"]
+    assert on_main(hub) == {}
+    assert hub.tags == {}
+
+
+@pytest.mark.parametrize("at", ["POST .*/commit/", "GET .*/resolve/refs/pr/1/README.md"])
+def test_a_head_that_moved_is_not_overwritten(hub: Hub, release: Path, at: str) -> None:
+    TARGET.shelf(NAME).create(private=True)
+
+    def move(handler: Handler) -> bool:
+        handler.server.commit({"README.md": b"of another publisher"}, "main")
+        return False
+
+    hub.fault(at, move)
+    with pytest.raises(KoalaError, match=r"another publisher moved .*publish again"):
+        TARGET.send(release, NAME)
+    assert on_main(hub) == {"README.md": b"of another publisher"}
+    assert hub.tags == {}
+    assert TARGET.send(release, NAME)["version"] == "v1"
+    assert "of another publisher" not in str(on_main(hub)["README.md"])
+
+
+def test_the_hub_is_asked_again_as_late_as_it_says(hub: Hub, release: Path, capsys: pytest.CaptureFixture) -> None:
+    hub.fault("POST .*/commit/", answers(429, Retry_After="0"), times=2)
+    hub.fault("GET .*/refs", answers(503))
+    assert TARGET.send(release, NAME)["version"] == "v1"
+    assert uploads(hub) == 1
+    assert "the Hub answers 429: again in 0 s" in capsys.readouterr().err
+    hub.fault("GET .*/refs", answers(429, Retry_After="3600"))
+    with pytest.raises(KoalaError, match="too many requests: publish again later"):
+        TARGET.send(release, NAME)
+
+
+@pytest.mark.parametrize(
+    ("status", "line"),
+    [(401, "the token is not valid: check HF_TOKEN"), (403, "this token may not write there")],
+)
+def test_who_may_not_is_told(hub: Hub, release: Path, status: int, line: str) -> None:
+    hub.fault("POST /api/repos/create", answers(status), times=9)
+    with pytest.raises(KoalaError, match=line) as error:
+        TARGET.send(release, NAME)
+    assert TOKEN not in str(error.value)
+
+
+def test_no_token_and_no_hub_are_told(hub: Hub, release: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(KoalaError, match=r"cannot reach the Hugging Face Hub for owner/koala-700m"):
+        TARGET.send(release, NAME)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(KoalaError, match=r"no token for owner/koala-700m .*: set HF_TOKEN"):
+        TARGET.send(release, NAME)
+
+
+def test_a_repository_that_is_not_there_holds_no_versions(hub: Hub) -> None:
+    assert TARGET.shelf(NAME).versions() == []
+    assert TARGET.shelf(NAME).latest() is None
+
+
+def test_a_rollback_does_not_undo_what_another_publisher_just_did(hub: Hub, release: Path) -> None:
+    for each in (release, second(release)):
+        TARGET.send(each, NAME)
+
+    def move(handler: Handler) -> bool:
+        handler.server.commit({"README.md": b"of another publisher"}, "main")
+        return False
+
+    hub.fault("POST .*/commit/", move)
+    with pytest.raises(KoalaError, match="another publisher moved it meanwhile: publish again"):
+        roll_back([TARGET], NAME, "v1")
+    assert on_main(hub) == {"README.md": b"of another publisher"}
