@@ -28,7 +28,7 @@ class UnusableError(Exception):
 class DecodeConfig(Config):
     """How an image becomes 8-bit RGB."""
 
-    max_values: int = Field(default=100_000_000, gt=0)
+    max_values: int = Field(default=80_000_000, gt=0)
     """Values of a decoded image at most: width x height x channels, 16-bit ones counted twice. It is judged by the header. At
     the default a process stays below 1 GB."""
     animated: Literal["first", "refuse"] = "first"
@@ -47,7 +47,8 @@ def normalised(content: bytes, config: DecodeConfig) -> bytes:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
-            if width * height * len(image.getbands()) * _BYTES_A_VALUE.get(image.mode, 1) > config.max_values:
+            channels = max(len(image.getbands()), 3)  # grey and palettes become RGB
+            if width * height * channels * _BYTES_A_VALUE.get(image.mode, 1) > config.max_values:
                 raise UnusableError("too many pixels")
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO" and config.animated == "refuse":
                 raise UnusableError("animated")

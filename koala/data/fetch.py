@@ -13,6 +13,7 @@ import socket
 import ssl
 import threading
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ _LONGEST_PAUSE = 60.0  # seconds that a server's Retry-After may ask for; a long
 _FIRST_PAUSE = 0.25  # seconds before a URL is asked again, doubled each time
 _ROBOTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
 _TOKEN = "koala"  # what a header that is meant for us alone calls us
+_WITH_VALUES = frozenset({"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"})
 _USES = frozenset({"ai", "train-ai", "train-genai", "genai"})
 
 
@@ -84,10 +86,13 @@ class Fetcher:
     def _follow(self, url: str) -> bytes:
         """Return the body at the end of all redirects."""
         deadline = time.monotonic() + self._config.deadline
+        first = _split(url)
+        # A server of ours is let in for the list's own URLs: no other site's redirect leads there.
+        allow = self._allow if f"{first.hostname}:{first.port}" in self._allow else ()
         for _ in range(REDIRECTS + 1):
             parts = _split(url)
             with self._host(parts.hostname).turn(deadline):
-                location, body = self._request(parts, deadline)
+                location, body = self._request(parts, deadline, allow)
             if location is None:
                 return body
             url = urljoin(url, location)
@@ -97,13 +102,13 @@ class Fetcher:
         with self._lock:
             return self._hosts.setdefault(name, _Host(self._config.per_host))
 
-    def _request(self, parts: "_Parts", deadline: float) -> tuple[str | None, bytes]:
+    def _request(self, parts: "_Parts", deadline: float, allow: Collection[str]) -> tuple[str | None, bytes]:
         """Return where a redirect leads, or None and the body."""
-        with _explained(), self._connection(parts, deadline) as connection:
+        with _explained(), self._connection(parts, deadline, allow) as connection:
             connection.request("GET", parts.target, headers=self._headers)
             answer = connection.getresponse()
             if answer.status in (301, 302, 303, 307, 308) and answer.headers["Location"]:
-                return answer.headers["Location"], b""
+                return _utf_8(answer.headers["Location"]), b""
             if answer.status in TRANSIENT:
                 self._pause(parts.hostname, answer)
                 raise _PassingError(f"status {answer.status}")
@@ -127,16 +132,18 @@ class Fetcher:
                 raise _FinalError("too many bytes")
         if answer.length:
             raise _PassingError("cut off")
-        return b"".join(chunks)
+        return _plain(b"".join(chunks), answer.headers["Content-Encoding"], limit)
 
     @contextmanager
-    def _connection(self, parts: "_Parts", deadline: float) -> Iterator["_Connection"]:
+    def _connection(self, parts: "_Parts", deadline: float, allow: Collection[str]) -> Iterator["_Connection"]:
         """Yield a connection that is shut at the deadline, whatever it is doing: a server may send a byte a second."""
         left = deadline - time.monotonic()
         if left <= 0:
             raise _PassingError("deadline")
         late = threading.Event()
-        connection = _Connection(self._open(parts, min(self._config.timeout, left)), parts, self._tls)
+        timeout = min(self._config.timeout, left)
+        opening = partial(connect, parts.hostname, parts.port, timeout, allow, self._resolver)
+        connection = _Connection(opening, parts, self._tls)
 
         def shut() -> None:
             late.set()
@@ -156,9 +163,6 @@ class Fetcher:
             connection.close()
         if late.is_set():  # an end that was shut reads like an end
             raise _PassingError("deadline")
-
-    def _open(self, parts: "_Parts", timeout: float) -> Callable[[], socket.socket]:
-        return partial(connect, parts.hostname, parts.port, timeout, self._allow, self._resolver)
 
     def _pause(self, host: str, answer: http.client.HTTPResponse) -> None:
         """Let nobody ask the host until it said it may be asked. A longer pause than a minute ends the attempts."""
@@ -298,11 +302,8 @@ def opted_out(headers: http.client.HTTPMessage) -> bool:
     By X-Robots-Tag (noai, noimageai, noindex, noimageindex, none; for all agents or for ours), TDM-Reservation: 1 (W3C's TDM
     Reservation Protocol), or Content-Usage with `n` for training (IETF's AI preferences, a draft).
     """
-    for value in headers.get_all("X-Robots-Tag", []):
-        agent, colon, rest = value.partition(":")
-        directives = rest if colon and agent.strip().lower() == _TOKEN else value
-        if any(each.strip().lower() in _ROBOTS for each in directives.split(",")):
-            return True
+    if any(_is_reserved(value) for value in headers.get_all("X-Robots-Tag", [])):
+        return True
     if (headers.get("TDM-Reservation") or "").strip() == "1":
         return True
     for value in headers.get_all("Content-Usage", []):
@@ -311,6 +312,40 @@ def opted_out(headers: http.client.HTTPMessage) -> bool:
             if use.strip().lower() in _USES and answer.strip().lower().startswith("n"):
                 return True
     return False
+
+
+def _is_reserved(robots: str) -> bool:
+    """Return whether an X-Robots-Tag reserves the image: `noai`, `koala: noai`, but not `otherbot: noindex, noai`."""
+    for_us = True
+    for piece in robots.lower().split(","):
+        name, colon, directive = (part.strip() for part in piece.partition(":"))
+        if colon and name not in _WITH_VALUES:
+            for_us = name in ("*", _TOKEN)  # and so are the directives after it, up to the next agent
+        if for_us and (directive if colon else name) in _ROBOTS:
+            return True
+    return False
+
+
+def _plain(body: bytes, encoding: str | None, limit: int) -> bytes:
+    """Undo a compression that was not asked for. Raises _FinalError where it gives more than `limit` bytes, or is none."""
+    if (encoding or "identity").strip().lower() not in ("gzip", "x-gzip", "deflate"):
+        return body
+    decompressor = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, by its header
+    try:
+        plain = decompressor.decompress(body, limit)
+    except zlib.error:
+        raise _FinalError("no HTTP") from None
+    if decompressor.unconsumed_tail:
+        raise _FinalError("too many bytes")
+    return plain
+
+
+def _utf_8(header: str) -> str:
+    """Return a header's text where a server sent UTF-8: http.client takes it for Latin-1."""
+    try:
+        return header.encode("latin-1").decode()
+    except UnicodeError:
+        return header
 
 
 @contextmanager

@@ -156,6 +156,13 @@ def _work(
 def main(options: Options) -> None:
     """Run img2dataset with our parts."""
     whole = import_module("img2dataset.main")  # the package has a function of that name
+    for module, name in (
+        (whole, "Downloader"),
+        (whole, "multiprocessing_distributor"),
+        (of_one_shard, "download_image_with_retry"),
+    ):
+        if not hasattr(module, name):
+            raise RuntimeError(f"this img2dataset has no {module.__name__}.{name}, in whose place ours belongs")
     vars(whole).update(Downloader=functools.partial(Downloader, options), multiprocessing_distributor=distribute)
     img2dataset.download(**options.img2dataset)
 

@@ -1,6 +1,7 @@
 """The fetcher against a real server with the faults of the real web."""
 
 import email.utils
+import gzip
 import socket
 import ssl
 import threading
@@ -162,6 +163,29 @@ FAULTS: list[tuple[str, Answer, str | None, int]] = [
     ("noai for us", opted_out(X_Robots_Tag="koala: noai"), "opted out of AI training", 1),
     ("noai for another", opted_out(X_Robots_Tag="otherbot: noai"), None, 1),
     ("other directives", opted_out(X_Robots_Tag="nofollow, noarchive"), None, 1),
+    ("noai for all", opted_out(X_Robots_Tag="*: noai"), "opted out of AI training", 1),
+    (
+        "noai for us among others",
+        opted_out(X_Robots_Tag="otherbot: nofollow, koala: noai"),
+        "opted out of AI training",
+        1,
+    ),
+    ("two for another", opted_out(X_Robots_Tag="otherbot: noai, noindex"), None, 1),
+    ("after a directive with a value", opted_out(X_Robots_Tag="max-snippet: 5, noai"), "opted out of AI training", 1),
+    ("gzip", lambda handler: handler.send(gzip.compress(IMAGE), Content_Encoding="gzip"), None, 1),
+    ("no gzip", lambda handler: handler.send(IMAGE, Content_Encoding="gzip"), "no HTTP", 1),
+    (
+        "a bomb",
+        lambda handler: handler.send(gzip.compress(bytes(10**7)), Content_Encoding="gzip"),
+        "too many bytes",
+        1,
+    ),
+    (
+        "redirect in UTF-8",
+        raw("HTTP/1.1 302 Found\r\nLocation: /good/é\r\nContent-Length: 0\r\n\r\n".encode()),
+        None,
+        2,
+    ),
     ("TDM reserved", opted_out(TDM_Reservation="1"), "opted out of AI training", 1),
     ("TDM not reserved", opted_out(TDM_Reservation="0"), None, 1),
     ("usage: no training", opted_out(Content_Usage="train-ai=n"), "opted out of AI training", 1),
@@ -284,6 +308,16 @@ def test_a_pause_is_a_number_or_a_date() -> None:
     assert retry_after(email.utils.formatdate(time.time() + 90, usegmt=True)) == pytest.approx(90, abs=2)
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     assert [retry_after(value) for value in (None, "", "soon", "-1")] == [None] * 4
+
+
+def test_no_other_sites_redirect_leads_to_a_server_of_ours(server: Server) -> None:
+    """Here the other site is the same machine under another name, which a resolver of the test makes public."""
+    server.answers["bait"] = redirect("http://{place}/good/x.png")
+    other = f"images.example:{server.server_port}"
+    one = Fetcher(FetchConfig(retries=0), allow=(server.place,), resolver=lambda host, port: ["127.0.0.1"])
+    assert one.fetch(f"http://{other}/bait/x.png") == (None, "address refused")
+    both = Fetcher(FetchConfig(retries=0), allow=(server.place, other), resolver=lambda host, port: ["127.0.0.1"])
+    assert both.fetch(f"http://{other}/bait/x.png") == (IMAGE, None)
 
 
 def test_few_requests_to_a_host_at_a_time(server: Server) -> None:
