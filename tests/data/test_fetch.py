@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from koala.data import addresses
 from koala.data.fetch import FetchConfig, Fetcher, quoted, retry_after
 
 IMAGE = bytes(range(256)) * 40
@@ -54,11 +55,11 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> None:
         self.asked: list[tuple[str, dict[str, str]]] = []
         self.answers: dict[str, Answer] = dict(ANSWERS)
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.place = f"127.0.0.1:{self.server_port}"
+        super().__init__((host, 0), Handler)
+        self.place = f"{host}:{self.server_port}"
         if tls:
             self.socket = tls.wrap_socket(self.socket, server_side=True)
 
@@ -310,14 +311,14 @@ def test_a_pause_is_a_number_or_a_date() -> None:
     assert [retry_after(value) for value in (None, "", "soon", "-1")] == [None] * 4
 
 
-def test_no_other_sites_redirect_leads_to_a_server_of_ours(server: Server) -> None:
-    """Here the other site is the same machine under another name, which a resolver of the test makes public."""
-    server.answers["bait"] = redirect("http://{place}/good/x.png")
-    other = f"images.example:{server.server_port}"
-    one = Fetcher(FetchConfig(retries=0), allow=(server.place,), resolver=lambda host, port: ["127.0.0.1"])
-    assert one.fetch(f"http://{other}/bait/x.png") == (None, "address refused")
-    both = Fetcher(FetchConfig(retries=0), allow=(server.place, other), resolver=lambda host, port: ["127.0.0.1"])
-    assert both.fetch(f"http://{other}/bait/x.png") == (IMAGE, None)
+def test_no_other_sites_redirect_leads_to_a_server_of_ours(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """127.0.0.2 stands for the other site: the test calls it public."""
+    monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.2")
+    with running(Server(host="127.0.0.2")) as site:
+        site.answers["bait"] = redirect(f"http://{server.place}/good/x.png")
+        bait = f"http://{site.place}/bait/x.png"
+        assert Fetcher(FetchConfig(retries=0), allow=(server.place,)).fetch(bait) == (None, "address refused")
+        assert Fetcher(FetchConfig(retries=0), allow=(server.place, site.place)).fetch(bait) == (IMAGE, None)
 
 
 def test_few_requests_to_a_host_at_a_time(server: Server) -> None:
