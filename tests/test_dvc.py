@@ -65,12 +65,12 @@ HOUSEKEEPING = {
 }
 # Building the student is a stage of its own: distillation takes its folder, and of its code only how that is read.
 # Single files are read by the stage `teacher`: these stages take folders. It takes of a student's rule only how a U-Net's
-# configuration is read.
+# configuration is read; evaluation counts a U-Net as it is built.
 OF_OTHER_STAGES = {
     "distill": {"koala/unet/student.py", "koala/unet/blocks.py", "koala/unet/weights.py"},
     "teacher": {"koala/unet/blocks.py"},
     "reference": {"koala/teacher/embedded.py"},
-    "evaluate": {"koala/teacher/embedded.py"},
+    "evaluate": {"koala/teacher/embedded.py", "koala/unet/blocks.py", "koala/unet/student.py", "koala/unet/weights.py"},
 }
 
 

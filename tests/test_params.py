@@ -136,7 +136,8 @@ def test_more_steps_at_a_constant_rate_are_the_same_work(workspace: Path, edit) 
             lambda d: d["profiles"]["smoke"]["publish"].update(require=[{"metric": "attribute/all", "at_least": 0.8}]),
             "profiles.smoke: publish.require names 'attribute/all', which evaluate.metrics does not measure: choose from "
             "attributes/size, attributes/colour, attributes/shape, attributes/background, attributes/all, attributes/nothing, "
-            "agreement_db, unet_parameters, step_ms, size_of_teacher, speed_up",
+            "agreement_db, unet_parameters, unet_flops, disk_bytes, step_ms, image_ms, peak_bytes, size_of_teacher, speed_up, "
+            "image_speed_up",
         ),
         (
             lambda d: d["profiles"]["smoke"]["publish"].update(

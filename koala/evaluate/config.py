@@ -8,8 +8,18 @@ from koala.config import Config
 from koala.evaluate.metrics.base import Column, Metric
 from koala.evaluate.prompts import PromptSet
 
-COSTS = ("unet_parameters", "step_ms", "size_of_teacher", "speed_up")
-"""What is measured of the U-Nets themselves. It has no interval."""
+COSTS = (
+    "unet_parameters",
+    "unet_flops",
+    "disk_bytes",
+    "step_ms",
+    "image_ms",
+    "peak_bytes",
+    "size_of_teacher",
+    "speed_up",
+    "image_speed_up",
+)
+"""What is measured of the models themselves (koala/evaluate/cost.py). It has no interval. `peak_bytes` is there on a GPU only."""
 
 SHARE, DIFFERENCE = "share_of_teacher", "difference_from_teacher"
 """Before a score's name: the student's mean over its teacher's, and less its teacher's."""

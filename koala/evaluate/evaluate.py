@@ -15,6 +15,7 @@ from koala.console import progress, say
 from koala.errors import KoalaError
 from koala.evaluate import extractors, page, report
 from koala.evaluate.config import EvaluateConfig
+from koala.evaluate.cost import costs
 from koala.evaluate.generation import generate_images
 from koala.evaluate.images import read_images
 from koala.evaluate.prompts import Prompt, seeded_prompts
@@ -24,7 +25,6 @@ from koala.evaluate.values import Values
 from koala.run import STATE, Run
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
     from PIL.Image import Image
 
 _NO_CURVES = "step,loss/total\n"
@@ -65,17 +65,19 @@ def evaluate(
     for model, folder in {"before": student, "after": distilled}.items():
         images[model] = generate_images(folder, prompts, config, out / STATE / model, f"evaluate: {model}")
 
-    costs = _costs(teacher, distilled, config)
+    of_teacher, own = costs(teacher, distilled, config)
+    cost = {"teacher": of_teacher, "before": own, "after": own}  # distillation changes weights only
     values, of_sets = _scores(images, prompts, config)
     shared = [name for name, column in config.columns().items() if column.of_teacher and name in values["teacher"]]
     scores, compared = estimate([prompt.text for prompt in prompts], values, shared)
     measured = {
-        model: {name: score.value for name, score in scores[model].items()} | of_sets[model] | costs[model]
+        model: {name: score.value for name, score in scores[model].items()} | of_sets[model] | cost[model]
         for model in images
     }
     derived = {
-        "size_of_teacher": costs["after"]["unet_parameters"] / costs["teacher"]["unet_parameters"],
-        "speed_up": costs["teacher"]["step_ms"] / costs["after"]["step_ms"],
+        "size_of_teacher": own["unet_parameters"] / of_teacher["unet_parameters"],
+        "speed_up": of_teacher["step_ms"] / own["step_ms"],
+        "image_speed_up": of_teacher["image_ms"] / own["image_ms"],
         **{name: figure.value for name, figure in compared.items()},
     }
     bounds = {name: figure.bounds for name, figure in {**scores["after"], **compared}.items()}
@@ -100,6 +102,7 @@ def evaluate(
         distilled.name,
         table,
         values,
+        cost,
         categories,
         ranked_by,
         images,
@@ -139,41 +142,6 @@ def _check(metric: str, name: str, model: str, values: Sequence[float], count: i
     if wrong or len(values) != count:
         which = f"image {wrong[0]}" if wrong else f"each image: {len(values)} values of {count}"
         raise KoalaError(f"the metric {metric} gives no number {name} for {which} ({model}): mend the metric")
-
-
-def _costs(teacher: Path, student: Path, config: EvaluateConfig) -> dict[str, dict[str, float]]:
-    """Measure parameters and latency of the U-Nets, one in memory at a time, without their pipelines.
-
-    The teacher is timed before and after the student, so that a machine whose speed drifts does not favour one.
-    """
-    tokens = json.loads((teacher / "text_encoder" / "config.json").read_text())["max_position_embeddings"]
-    first, own, last = (_cost(folder, tokens, config) for folder in (teacher, student, teacher))
-    of_teacher = {**first, "step_ms": (first["step_ms"] + last["step_ms"]) / 2}
-    return {"teacher": of_teacher, "before": own, "after": own}  # distillation changes weights only
-
-
-def _cost(folder: Path, tokens: int, config: EvaluateConfig) -> dict[str, float]:
-    from koala.evaluate.latency import step_latency
-    from koala.generate import free_memory
-
-    unet = _load_unet(folder, config.dtype)
-    seconds = step_latency(unet, tokens, config.latency_batch, config.machine.latency_repeats)
-    parameters = sum(parameter.numel() for parameter in unet.parameters())
-    del unet
-    free_memory()  # before the next is loaded
-    return {"unet_parameters": parameters, "step_ms": 1000 * seconds}
-
-
-def _load_unet(folder: Path, dtype: str) -> "UNet2DConditionModel":
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    from koala.generate import device
-
-    unet = UNet2DConditionModel.from_pretrained(
-        folder / "unet", torch_dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
-    )
-    return unet.eval().to(device())
 
 
 def _unet_config(folder: Path) -> dict[str, Any]:

@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 _EXTREMES = 5  # prompts at either end
 _THUMBNAIL = 224  # px, the longer side
 _PIXEL_ART = 96  # px: a smaller image is enlarged pixel by pixel
+_COSTED = ("teacher", "after")
+_COSTS = {  # words, unit and digits
+    "unet_parameters": ("U-Net parameters", 1, 0),
+    "unet_flops": ("GFLOPs of a step of one image", 1e9, 1),
+    "step_ms": ("ms of a step", 1, 1),
+    "image_ms": ("ms of an image, with text encoders and VAE", 1, 0),
+    "peak_bytes": ("GiB of memory at most", 2**30, 2),
+    "disk_bytes": ("MB of weights on disk", 1e6, 1),
+}
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1080px; padding: 0 1rem; color: #1b1b1b; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
@@ -36,6 +45,7 @@ def write(
     student: str,
     table: tuple[Sequence[str], Sequence[Sequence[str]]],
     values: Mapping[str, Mapping[str, Sequence[float]]],
+    cost: Mapping[str, Mapping[str, float]],
     categories: Sequence[OfCategory],
     ranked_by: str | None,
     images: "Mapping[str, Sequence[Image]]",
@@ -50,6 +60,7 @@ def write(
         student: The student's name.
         table: Column names and cells of the summary.
         values: Model -> score -> value of each image.
+        cost: Model -> what it costs (koala.evaluate.cost).
         categories: Scores in each category of prompts.
         ranked_by: The score by which prompts are the best and the worst; None for none.
         images: Each model's images, by the keys of `values`.
@@ -63,6 +74,7 @@ def write(
         f'<p class="note">{len(prompts)} images of each model, the same prompts and seeds. '
         "In parentheses: 95 % intervals, by a paired bootstrap over prompts.</p>",
     ]
+    parts += ["<h2>Cost</h2>", _table(("", *(label(model, student) for model in _COSTED)), _costs(cost))]
     if categories:
         head = ("category", "score", "images", "teacher", student, "of teacher's")
         parts += ["<h2>By category of prompts, the worst first</h2>", _table(head, list(map(_cells, categories)))]
@@ -89,6 +101,15 @@ def write(
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
+
+
+def _costs(cost: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
+    """Return a row for each cost that was measured."""
+    return [
+        (words, *(f"{cost[model][name] / unit:,.{digits}f}" for model in _COSTED))
+        for name, (words, unit, digits) in _COSTS.items()
+        if all(name in cost[model] for model in _COSTED)
+    ]
 
 
 def _cells(row: OfCategory) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ class Requirement(Config):
     """A rule of the gate. A score meets it where its one-sided 95 % bound does; a cost has none: its value decides."""
 
     metric: str
-    """A score such as `attributes/all`, or a cost: `unet_parameters`, `step_ms`, `size_of_teacher`, `speed_up`."""
+    """A score such as `attributes/all`, or a cost: `unet_parameters`, `disk_bytes`, `image_ms`, `peak_bytes`, `speed_up`, ..."""
 
     of: Literal["teacher", "champion"] | None = None
     """`teacher`, `champion`: judge the student's share of that model's score. The champion is the release of this student that

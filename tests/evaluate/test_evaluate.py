@@ -13,6 +13,7 @@ import pytest
 from koala import generate
 from koala.demo.attributes import Attributes
 from koala.errors import KoalaError
+from koala.evaluate import cost
 from koala.evaluate import evaluate as module
 from koala.evaluate.evaluate import evaluate
 from koala.evaluate.images import image_file
@@ -51,7 +52,10 @@ def test_each_model_is_measured_on_its_own_images(judged, make_config, tmp_path,
     )
     comparisons = {"share_of_teacher/projection", "difference_from_teacher/projection"}
     sections = {"intervals", "bounds", "categories", "pinned"}
-    assert set(metrics) == {"teacher", "before", "after", "size_of_teacher", "speed_up"} | comparisons | sections
+    assert (
+        set(metrics)
+        == {"teacher", "before", "after", "size_of_teacher", "speed_up", "image_speed_up"} | comparisons | sections
+    )
     assert set(metrics["intervals"]) == {"teacher", "before", "after"} | comparisons
     assert set(metrics["bounds"]) == {"projection", "agreement_db"} | comparisons
     for name, (lower, upper) in metrics["bounds"].items():
@@ -59,7 +63,12 @@ def test_each_model_is_measured_on_its_own_images(judged, make_config, tmp_path,
         low, high = metrics["intervals"]["after"].get(name) or metrics["intervals"][name]
         assert low <= lower <= value <= upper <= high, name
         assert recorder.logged[f"lower_bound/{name}"] == lower
-    assert set(metrics["teacher"]) == {"projection", "unet_parameters", "step_ms"}
+    costs = {"unet_parameters", "unet_flops", "step_ms", "image_ms", "disk_bytes"}
+    assert set(metrics["teacher"]) == {"projection"} | costs
+    assert metrics["teacher"]["disk_bytes"] > metrics["after"]["disk_bytes"] > 4 * metrics["after"]["unet_parameters"]
+    assert metrics["teacher"]["unet_flops"] > metrics["after"]["unet_flops"] > 2 * metrics["after"]["unet_parameters"]
+    # Two steps, text encoders and VAE take longer than two steps.
+    assert metrics["teacher"]["image_ms"] > metrics["teacher"]["step_ms"]
     assert set(metrics["after"]) == set(metrics["before"]) == {*metrics["teacher"], "agreement_db"}
     assert metrics["before"]["unet_parameters"] == metrics["after"]["unet_parameters"]
     assert metrics["size_of_teacher"] == metrics["after"]["unet_parameters"] / metrics["teacher"]["unet_parameters"] < 1
@@ -108,7 +117,7 @@ def test_an_interrupted_evaluation_resumes(judged, make_config, tmp_path, monkey
         return plain(model, dtype)
 
     monkeypatch.setattr(generate, "load", load)
-    monkeypatch.setattr(module, "_costs", lambda *_: pytest.fail("interrupted"))
+    monkeypatch.setattr(module, "costs", lambda *_: pytest.fail("interrupted"))
     with pytest.raises(pytest.fail.Exception):
         evaluate(config, **judged, out=out, run=NoRun())
     assert loaded == [judged["student"], judged["distilled"]]  # the teacher's pipeline is not needed
@@ -117,7 +126,11 @@ def test_an_interrupted_evaluation_resumes(judged, make_config, tmp_path, monkey
     loaded.clear()
     image_file(out / STATE / "after", 3).unlink()
     evaluate(config, **judged, out=out, run=NoRun())
-    assert loaded == [judged["distilled"]]
+    assert loaded == [
+        judged["distilled"],
+        judged["teacher"],
+        judged["distilled"],
+    ]  # one image; then what an image costs
 
 
 def test_figures_name_what_they_depend_on(judged, make_config, tmp_path) -> None:
@@ -154,12 +167,13 @@ def test_one_model_is_in_memory_at_a_time(judged, make_config, tmp_path, monkeyp
         return watch
 
     monkeypatch.setattr(generate, "load", watched(generate.load))
-    monkeypatch.setattr(module, "_load_unet", watched(module._load_unet))
+    monkeypatch.setattr(cost, "_load_unet", watched(cost._load_unet))
     evaluate(make_config(), **judged, out=tmp_path / "evaluation", run=NoRun())
     teacher, before, after = judged["teacher"], judged["student"], judged["distilled"]
     pipelines = [("StableDiffusionXLPipeline", before), ("StableDiffusionXLPipeline", after)]
-    # The teacher's images are there: only its U-Net is loaded, before and after the student's.
-    assert loaded == pipelines + [("UNet2DConditionModel", folder) for folder in (teacher, after, teacher)]
+    # The teacher's images are there: its U-Net is loaded before and after the student's, its pipeline for what an image costs.
+    unets = [("UNet2DConditionModel", folder) for folder in (teacher, after, teacher)]
+    assert loaded == pipelines + unets + [("StableDiffusionXLPipeline", folder) for folder in (teacher, after)]
 
 
 def test_a_machine_whose_speed_drifts_favours_neither(judged, make_config, tmp_path, monkeypatch) -> None:

@@ -14,6 +14,16 @@ from koala.evaluate.prompts import Prompt
 from koala.evaluate.statistics import OfCategory
 
 PROMPTS = [Prompt("a <script>alert(1)</script> cat", 5), Prompt("a dog & a cow", 6), Prompt("a dog & a cow", 7)]
+COST = {
+    "teacher": {
+        "unet_parameters": 2_567_463_684,
+        "unet_flops": 6e12,
+        "step_ms": 20.04,
+        "image_ms": 1234.4,
+        "disk_bytes": 7e9,
+    },
+    "after": {"unet_parameters": 782_000_000, "unet_flops": 2e12, "step_ms": 9, "image_ms": 600, "disk_bytes": 3.2e9},
+}
 CATEGORIES = [
     OfCategory("a <b>", "score", 2, 0.5, 0.4, 0.8, (0.712, 0.9)),
     OfCategory("counts", "score", 1, 0.5, 0.6, 1.2, (1, 1.4)),
@@ -57,9 +67,16 @@ def written(tmp_path: Path) -> str:
     table = (["model", "score"], [["teacher", "76.7% (50.0-90.0)"], ["koala after", "55.0% (40.0-75.0)"]])
     file = tmp_path / "report.html"
     page.write(
-        file, "koala", table, VALUES, CATEGORIES, "score", images, PROMPTS, plots, {"sampler": "Euler", "seed": 5}
+        file, "koala", table, VALUES, COST, CATEGORIES, "score", images, PROMPTS, plots, {"sampler": "Euler", "seed": 5}
     )
     return file.read_text()
+
+
+def test_costs_that_were_measured_are_shown(written: str) -> None:
+    rows = re.findall(r"<tr>(.*?)</tr>", written)
+    assert "<td>ms of an image, with text encoders and VAE</td><td>1,234</td><td>600</td>" in rows
+    assert "<td>MB of weights on disk</td><td>7,000.0</td><td>3,200.0</td>" in rows
+    assert "GiB of memory" not in written
 
 
 def test_categories_are_shown(written: str) -> None:
@@ -101,6 +118,6 @@ def test_prompts_are_ranked_by_their_mean_difference_with_the_images_of_each_mod
 def test_without_a_score_of_which_more_is_better_there_is_no_ranking(tmp_path: Path) -> None:
     images = {model: [Image.new("RGB", (8, 8))] * 3 for model in GREY}
     (tmp_path / "plots").mkdir()
-    page.write(tmp_path / "r.html", "koala", ([], []), VALUES, [], None, images, PROMPTS, tmp_path / "plots", {})
+    page.write(tmp_path / "r.html", "koala", ([], []), VALUES, COST, [], None, images, PROMPTS, tmp_path / "plots", {})
     assert "Worst" not in (tmp_path / "r.html").read_text()
     assert "By category" not in (tmp_path / "r.html").read_text()

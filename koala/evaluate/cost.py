@@ -1,0 +1,85 @@
+"""What a model costs: parameters, FLOPs, bytes, the time of a step and of a whole image, memory.
+
+One model is in memory at a time: the U-Nets alone for a step, then the pipelines for an image.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from koala import generate
+from koala.evaluate.config import EvaluateConfig, SamplingConfig
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+
+Costs = dict[str, float]
+"""`unet_parameters`, `unet_flops` of a step of one image, `disk_bytes` of all weights, `step_ms`, `image_ms` with text encoders and
+VAE, and on a GPU `peak_bytes`, the memory that an image takes, weights included."""
+
+_IMAGES = 3  # timed images at most, after one that is not
+_PROMPT = "a photograph of a red fox in the snow"
+
+
+def costs(teacher: Path, student: Path, config: EvaluateConfig) -> tuple[Costs, Costs]:
+    """Measure the teacher and the student.
+
+    The teacher's step is timed before and after the student's, so that a machine whose speed drifts does not favour one.
+    """
+    tokens = json.loads((teacher / "text_encoder" / "config.json").read_text())["max_position_embeddings"]
+    first, own, last = (_of_unet(folder, tokens, config) for folder in (teacher, student, teacher))
+    of_teacher = {**first, "step_ms": (first["step_ms"] + last["step_ms"]) / 2}
+    return of_teacher | _of_pipeline(teacher, config), own | _of_pipeline(student, config)
+
+
+def _of_unet(folder: Path, tokens: int, config: EvaluateConfig) -> Costs:
+    from koala.evaluate.latency import step_latency
+    from koala.unet.cost import unet_cost
+
+    unet = _load_unet(folder, config.dtype)
+    seconds = step_latency(unet, tokens, config.latency_batch, config.machine.latency_repeats)
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    flops = unet_cost(unet.config, unet.config.sample_size).flops
+    del unet
+    generate.free_memory()  # before the next is loaded
+    return {"unet_parameters": parameters, "unet_flops": flops, "step_ms": 1000 * seconds}
+
+
+def _of_pipeline(folder: Path, config: EvaluateConfig) -> Costs:
+    import torch
+
+    pipeline = generate.load(folder, config.dtype)
+    on_gpu = generate.device().type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    found = {
+        "disk_bytes": float(sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))),
+        "image_ms": 1000 * _image_seconds(pipeline, config.sampling, min(_IMAGES, config.machine.latency_repeats)),
+    }
+    if on_gpu:
+        found["peak_bytes"] = float(torch.cuda.max_memory_allocated())
+    del pipeline
+    generate.free_memory()
+    return found
+
+
+def _image_seconds(pipeline: "StableDiffusionXLPipeline", sampling: SamplingConfig, repeats: int) -> float:
+    """Return the median seconds of one image, with its text encoders and its VAE."""
+    times = []
+    for seed in range(repeats + 1):
+        start = time.perf_counter()
+        generate.generate(pipeline, [(_PROMPT, seed)], sampling)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def _load_unet(folder: Path, dtype: str) -> "UNet2DConditionModel":
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(
+        folder / "unet", torch_dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+    )
+    return unet.eval().to(generate.device())
