@@ -55,7 +55,7 @@ RECIPE = {"batch_size": 4}
 MACHINE = {"micro_batch": 4, "log_every": 1}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_stopped_run_resumes_in_the_same_run_of_mlflow(distillable: Path, change_params: ChangeParams) -> None:
     """SIGTERM to the stage's process only: it saves, leaves nothing behind, and the next run has no seam."""
     change_params(distill={**RECIPE, "steps": 40}, machine={**MACHINE, "checkpoint_every": 1000, "validate_every": 20})
@@ -72,7 +72,7 @@ def test_a_stopped_run_resumes_in_the_same_run_of_mlflow(distillable: Path, chan
     assert 3 <= stopped_at < 40
 
     process = start()
-    _, said = process.communicate(timeout=200)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 0, said
     assert f"resuming from step {stopped_at}" in said
     out = distillable / "artifacts/smoke/distilled" / STUDENT
@@ -90,7 +90,7 @@ def test_a_stopped_run_resumes_in_the_same_run_of_mlflow(distillable: Path, chan
     assert not names & {"weight_map.json", "state"}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_killed_run_leaves_no_seam_in_mlflow(distillable: Path, change_params: ChangeParams) -> None:
     """SIGKILL to all of it between checkpoints: steps that are repeated are not logged again."""
     change_params(distill={**RECIPE, "steps": 24}, machine={**MACHINE, "checkpoint_every": 10, "validate_every": 100})
@@ -106,7 +106,7 @@ def test_a_killed_run_leaves_no_seam_in_mlflow(distillable: Path, change_params:
     resumed_from = int(checkpoints(state)[-1].name.removeprefix("step-"))
 
     process = start()
-    _, said = process.communicate(timeout=200)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 0, said
     assert f"resuming from step {resumed_from}" in said
     after = client.get_metric_history(run_id, "loss/total")
@@ -114,7 +114,7 @@ def test_a_killed_run_leaves_no_seam_in_mlflow(distillable: Path, change_params:
     assert [point.value for point in after[: len(before)]] == [point.value for point in before]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("launch", ["cpu-two", "fsdp2-cpu"])
 def test_the_launch_file_alone_sets_the_number_of_processes(
     make_job: Callable, uncut: Path, tmp_path: Path, launch: str, recorder, monkeypatch: pytest.MonkeyPatch, capfd
@@ -131,14 +131,14 @@ def test_the_launch_file_alone_sets_the_number_of_processes(
     alike(state, one.state)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_two_machines_equal_one_process(distillable: Path, change_params: ChangeParams, make_job: Callable) -> None:
     """Two launchers that meet over loopback, as on two machines with a shared disk: one runs the stage, one helps."""
     settings = yaml.safe_load((ROOT / "infra/accelerate/two-nodes-cpu.yaml").read_text())
     (distillable / "two-nodes.yaml").write_text(yaml.safe_dump({**settings, "main_process_port": free_port()}))
     change_params(distill={"batch_size": 4, "steps": 4}, machine={"launch": "two-nodes.yaml", "micro_batch": 2})
     stage, helper = start(), start("--machine-rank", "1")
-    said = [process.communicate(timeout=200)[1] for process in (stage, helper)]
+    said = [process.communicate(timeout=600)[1] for process in (stage, helper)]
     assert [stage.returncode, helper.returncode] == [0, 0], said
     assert "distill: 2 processes on cpu" in said[0]
     assert (distillable / "artifacts/smoke/distilled" / STUDENT / "unet").is_dir()
