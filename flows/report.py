@@ -18,7 +18,7 @@ def headline(metrics: Path) -> dict[str, float]:
     document = json.loads(metrics.read_text())
     # The models' figures are mappings; the comparisons stand beside them.
     figures = {**document["after"], **{name: value for name, value in document.items() if not isinstance(value, dict)}}
-    return {name: float(value) for name, value in tracking.flatten(figures).items() if isinstance(value, int | float)}
+    return {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
 
 
 def make_artifacts(student: str, stages: list[Stage], run: tracking.StageRun) -> None:

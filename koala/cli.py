@@ -259,6 +259,35 @@ def release_list(
     show_releases(loaded.recipe.publish.targets, [name] if name else list(loaded.students))
 
 
+@release.command("show")
+def release_show(
+    name: StudentName,
+    version: Annotated[str | None, typer.Argument(metavar="VERSION", help="such as v3; left out: the latest")] = None,
+) -> None:
+    """Show what a version is: card, scores, verdicts, provenance, files."""
+    from koala import params as parameters
+    from koala.publish.releases import show_release
+
+    loaded = parameters.load()
+    loaded.student(name)
+    show_release(loaded.recipe.publish.targets, name, version)
+
+
+@release.command("diff")
+def release_diff(
+    name: StudentName,
+    one: Annotated[str, typer.Argument(metavar="A", help="a version, such as v2")],
+    other: Annotated[str, typer.Argument(metavar="B", help="another")],
+) -> None:
+    """Show what two versions differ in: scores, recipe, files."""
+    from koala import params as parameters
+    from koala.publish.releases import show_difference
+
+    loaded = parameters.load()
+    loaded.student(name)
+    show_difference(loaded.recipe.publish.targets, name, one, other)
+
+
 @release.command("verify")
 def release_verify(
     name: StudentName,
@@ -279,11 +308,15 @@ def release_rollback(
 ) -> None:
     """Make a version the latest at each target; nothing is deleted."""
     from koala import params as parameters
+    from koala import tracking
+    from koala.console import say
     from koala.publish.releases import roll_back
 
     loaded = parameters.load()
     loaded.student(name)
-    roll_back(loaded.recipe.publish.targets, name, version)
+    manifest = roll_back(loaded.recipe.publish.targets, name, version)
+    if registered := tracking.set_alias(name, manifest.sha256, "champion"):
+        say(f"MLflow: the champion of {name} is version {registered}")
 
 
 @release.command("approve")

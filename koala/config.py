@@ -34,3 +34,15 @@ def _tagged(value: Any) -> Any:
 
 BY_KIND = BeforeValidator(_tagged)
 """Read a mapping of kinds to their options, `{words: {at_least: 4}}`, as a list of tagged sections."""
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as dotted names: `{"a": {"b": 1}}` gives `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        full = f"{prefix}.{name}" if prefix else str(name)
+        if isinstance(value, Mapping):
+            flat |= flatten(value, full)
+        else:
+            flat[full] = value
+    return flat

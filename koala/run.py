@@ -1,6 +1,6 @@
 """What a stage reports while it runs, whoever listens: `koala.tracking` sends it to MLflow, `NoRun` drops it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,6 +33,12 @@ class Run(Protocol):
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Log a file, or all files of a folder."""
 
+    def register(self, model: str, content: str, files: Sequence[Path], tags: Mapping[str, str], alias: str) -> None:
+        """Register `files` as a version of `model`, called `alias`; tag it.
+
+        The version that has the same `content`, a hash of all that the release holds, is used again.
+        """
+
 
 class NoRun:
     """A run that nobody listens to: for notebooks and tests."""
@@ -54,4 +60,7 @@ class NoRun:
         """Do nothing."""
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Do nothing."""
+
+    def register(self, model: str, content: str, files: Sequence[Path], tags: Mapping[str, str], alias: str) -> None:
         """Do nothing."""

@@ -12,14 +12,15 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 import psutil
 
+from koala.config import flatten
 from koala.provenance import git_commit
 from koala.run import Run
 
@@ -38,6 +39,7 @@ UI = "KOALA_MLFLOW_UI"
 # MLflow reads it when it is imported, which is later.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
+_CONTENT = "content"  # tag of a registered version: the hash of what it holds
 _RUN_ID = "run_id"  # file in a work folder
 _LONGEST_PARAM = 6000  # MLflow's limit, in characters
 _MOST_PARAMS = 100  # MLflow's limit for one request
@@ -88,6 +90,38 @@ class StageRun(Run):
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Log a file, or all files of a folder."""
         (self._client.log_artifacts if path.is_dir() else self._client.log_artifact)(self.id, str(path), folder)
+
+    def register(self, model: str, content: str, files: Sequence[Path], tags: Mapping[str, str], alias: str) -> None:
+        """Register `files` as a version of `model`, called `alias`; tag it.
+
+        The weights are not among them: tags say where they are. The version with the same `content` is used again.
+        """
+        version = _registered(self._client, model, content) or self._register(model, content, files)
+        for name, value in tags.items():
+            self._client.set_model_version_tag(model, version, name, value)
+        self._client.set_registered_model_alias(model, alias, version)
+
+    def _register(self, model: str, content: str, files: Sequence[Path]) -> str:
+        """Log `files` as a model, and register it. Return its version."""
+        from mlflow.exceptions import MlflowException
+
+        experiment = self._client.get_run(self.id).info.experiment_id
+        logged = self._client.create_logged_model(experiment, name=model, source_run_id=self.id)
+        for file in files:
+            self._client.log_model_artifact(logged.model_id, str(file))
+        self._client.finalize_logged_model(logged.model_id, "READY")
+        with suppress(
+            MlflowException
+        ):  # it is there, or it cannot be created: then the next call fails with the reason
+            self._client.create_registered_model(model)
+        made = self._client.create_model_version(
+            model,
+            source=f"models:/{logged.model_id}",
+            run_id=self.id,
+            tags={_CONTENT: content},
+            model_id=logged.model_id,
+        )
+        return str(made.version)
 
 
 @contextmanager
@@ -150,6 +184,21 @@ def _open(
         raise
     finally:
         client.set_terminated(run.id, status)
+
+
+def set_alias(model: str, content: str, alias: str) -> str | None:
+    """Let `alias` name the version of `model` with this content. Return the version; None where none is registered."""
+    client = _client()
+    version = _registered(client, model, content)
+    if version:
+        client.set_registered_model_alias(model, alias, version)
+    return version
+
+
+def _registered(client: "MlflowClient", model: str, content: str) -> str | None:
+    """Return the newest version of a model that has this content."""
+    found = client.search_model_versions(f"name = '{model}' and tags.`{_CONTENT}` = '{content}'")
+    return max((str(each.version) for each in found), key=int, default=None)
 
 
 def _as_logged(params: Mapping[str, Any]) -> dict[str, str]:
@@ -279,15 +328,3 @@ def _ui() -> str:
     """Return MLflow's UI: the one that KOALA_MLFLOW_UI names, or the tracking server, or the one of `make serve`."""
     store = os.environ.get("MLFLOW_TRACKING_URI", "")
     return (os.environ.get(UI) or (store if store.startswith("http") else "http://127.0.0.1:5000")).rstrip("/")
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as dotted names: `{"a": {"b": 1}}` gives `{"a.b": 1}`."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        full = f"{prefix}.{name}" if prefix else str(name)
-        if isinstance(value, Mapping):
-            flat |= flatten(value, full)
-        else:
-            flat[full] = value
-    return flat

@@ -3,7 +3,7 @@
 import shutil
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -70,6 +70,7 @@ class Recorder:
         self.tagged: dict[str, str] = {}
         self.files: list[str] = []
         self.images: list[tuple[str, int]] = []
+        self.registered: list[tuple[str, str, list[str], dict[str, str], str]] = []
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         self.logged |= values
@@ -91,6 +92,9 @@ class Recorder:
     def artifact(self, path: Path, folder: str | None = None) -> None:
         assert path.exists()
         self.files.append(path.name)
+
+    def register(self, model: str, content: str, files: Sequence[Path], tags: Mapping[str, str], alias: str) -> None:
+        self.registered.append((model, content, sorted(file.name for file in files), dict(tags), alias))
 
 
 @pytest.fixture

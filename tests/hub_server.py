@@ -129,8 +129,8 @@ class Handler(BaseHTTPRequestHandler):
             self.missing("RepoNotFound")
             return
         revision = (revision or "/revision/main").removeprefix("/revision/")
-        oid = self.server.refs.get(revision, revision)
-        files = [{"rfilename": name} for name in self.server.commits[oid]]
+        oid = self.server.refs.get(revision) or self.server.tags.get(revision, revision)
+        files = [{"rfilename": name, "size": len(content)} for name, content in self.server.commits[oid].items()]
         self.reply({"id": "owner/name", "sha": oid, "siblings": files, "tags": [], "private": True, "downloads": 0})
 
     def all_refs(self, _: str) -> None:

@@ -215,6 +215,38 @@ def test_the_table_of_runs_shows_chosen_columns(open_run) -> None:
     )
 
 
+def test_a_release_is_registered_once_and_its_alias_moves(open_run, tmp_path: Path) -> None:
+    card, metrics = tmp_path / "README.md", tmp_path / "metrics.json"
+    metrics.write_text("{}")
+    for content in ("one", "two", "two"):  # the last is published again
+        card.write_text(content)
+        with open_run() as run:
+            run.register("koala-700m", content, [card, metrics], {"git_commit": "abc"}, "challenger")
+            run.register("koala-700m", content, [card, metrics], {"hub.commit": f"of {content}"}, "champion")
+    versions = {each.version: each for each in client().search_model_versions("name = 'koala-700m'")}
+    assert {version: each.tags for version, each in versions.items()} == {
+        1: {"content": "one", "git_commit": "abc", "hub.commit": "of one"},
+        2: {"content": "two", "git_commit": "abc", "hub.commit": "of two"},
+    }
+    aliases = {
+        alias: client().get_model_version_by_alias("koala-700m", alias).version for alias in ("challenger", "champion")
+    }
+    assert aliases == {"challenger": 2, "champion": 2}
+    experiment = client().get_experiment_by_name("koala-smoke").experiment_id
+    models = client().search_logged_models([experiment], order_by=[{"field_name": "creation_timestamp"}])
+    assert [(each.status, each.source_run_id) for each in models] == [
+        ("READY", run.info.run_id) for run in runs()[:2]
+    ]
+    model = models[0]
+    assert versions[1].source == f"models:/{model.model_id}"
+    files = client().list_logged_model_artifacts(model.model_id)
+    assert sorted(file.path for file in files) == ["README.md", "metrics.json"]
+
+    assert tracking.set_alias("koala-700m", "one", "champion") == "1"
+    assert client().get_model_version_by_alias("koala-700m", "champion").version == 1
+    assert tracking.set_alias("koala-700m", "of nobody", "champion") is None
+
+
 def test_no_secret_of_the_environment_is_tracked(open_run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden-value")
     monkeypatch.setenv("HF_TOKEN", "hidden-value")

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +16,35 @@ from koala.publish.champion import champion, verdicts_on
 from koala.publish.config import PublishConfig
 from koala.publish.gate import Verdict
 from koala.publish.portable import make_portable
-from koala.publish.versions import RECEIPT
+from koala.publish.targets.base import Target
+from koala.publish.versions import GATE, RECEIPT, TRAINING, Manifest
 from koala.publish.workflow import workflow
 from koala.run import STATE, Run
 from koala.teacher.shape import read_json
 
-TRAINING = "training.json"
+_REGISTERED = ("README.md", "metrics.json", "report.html", GATE, TRAINING)  # the weights are registered by reference
 
 
 def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path, run: Run) -> None:
     """Make the release in `out`, and send it to the targets.
 
     `out` holds the pipeline's folders, README.md (the card), metrics.json, report.html, grid.png, what a later student is compared
-    with (values.parquet, samples/), training.json (provenance of the training, where `distilled` has one) and receipt.json (the
-    verdict of each rule, who approved it otherwise, and what the targets answered). Unless `single_file` is off, it also
-    holds NAME.safetensors, NAME-unet.safetensors and, where ComfyUI recognises the student, NAME-comfyui.json.
+    with (values.parquet, samples/), training.json (provenance of the training, where `distilled` has one), gate.json (verdicts
+    and approval) and receipt.json (all verdicts, who approved it otherwise, and what the targets answered). Unless
+    `single_file` is off, it also holds NAME.safetensors, NAME-unet.safetensors and, where ComfyUI recognises the student,
+    NAME-comfyui.json.
 
     Args:
         config: The gate, the card and the targets.
         distilled: The student's pipeline; the release is called as this folder.
         evaluation: Its evaluation.
         out: Where the release goes; what an interrupted call left there is replaced.
-        run: Receives the verdicts, the card and the receipt; of a student that is refused, the verdicts and a receipt.
+        run: Receives the verdicts, the card and the receipt; of a student that is refused, the verdicts and a receipt. The
+            release is registered as `challenger`, and as `champion` once all targets have it.
 
     Raises:
-        KoalaError: The student does not meet a rule, and nobody approved it. Nothing is released.
+        KoalaError: The student does not meet a rule, and nobody approved it: nothing is released. Or a target failed: the
+            others have the release, and the next call completes it.
     """
     name = distilled.name
     metrics = json.loads((evaluation / "metrics.json").read_text())
@@ -74,14 +78,66 @@ def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path,
     files = _single_files(config, out, name) if config.single_file else card.NO_FILES
     table = (evaluation / "summary.md").read_text()
     (out / "README.md").write_text(card.render(name, metrics, derived, training, table, config, files))
-    _write(out / RECEIPT, receipt)
-    for target in config.targets:
-        receipt["targets"].append({"kind": target.kind, **target.send(out, name)})
-        _write(out / RECEIPT, receipt)
-    run.tags({"released": "yes"})
+    lasting = [verdict.report() for verdict in verdicts if verdict.rule.of != "champion"]
+    _write(out / GATE, {"rules": lasting, "approval": receipt["approval"]})
+
+    content, cards = Manifest.of(out).sha256, [out / each for each in _REGISTERED if (out / each).is_file()]
+    run.register(name, content, cards, _origin(training), "challenger")
+    failures = _send(config.targets, out, name, receipt)
     run.artifact(out / RECEIPT)
     run.artifact(out / "README.md")
+    if failures:
+        raise KoalaError(f"{name}: {'; '.join(failures)}: publish again, what other targets have is not sent twice")
+    run.register(name, content, cards, _links(receipt), "champion")
+    run.tags({"released": "yes"})
     say(f"publish: {name} is released")
+    if training.get("commit") and receipt["targets"]:
+        say(f"publish: to tag the commit that trained it: {_tag_command(name, receipt)}")
+
+
+def _send(targets: Sequence[Target], out: Path, name: str, receipt: dict[str, Any]) -> list[str]:
+    """Send the release to every target, also where one before it failed; note in the receipt what each answered.
+
+    Returns what failed, in words.
+    """
+    failures = []
+    _write(out / RECEIPT, receipt)
+    for target in targets:
+        try:
+            receipt["targets"].append({"kind": target.kind, **target.send(out, name)})
+        except KoalaError as error:
+            receipt["targets"].append({"kind": target.kind, "failed": str(error)})
+            failures.append(f"not at target {target.kind}: {error}")
+        _write(out / RECEIPT, receipt)
+    return failures
+
+
+def _origin(training: Mapping[str, Any]) -> dict[str, str]:
+    """Return tags that lead from a registered version to what it was made from."""
+    links = {
+        "git_commit": training.get("commit"),
+        "training_run": training.get("run_id"),
+        "profile": training.get("profile"),
+    }
+    hashes = {f"data_hash.{noun}": found for noun, found in training.get("inputs", {}).items()}
+    return {name: str(value) for name, value in {**links, **hashes}.items() if value}
+
+
+def _links(receipt: Mapping[str, Any]) -> dict[str, str]:
+    """Return tags that lead from a registered version to its files at the targets: `hub.commit`, `s3.version`, ..."""
+    return {
+        f"{answer['kind']}.{name}": str(value)
+        for answer in receipt["targets"]
+        for name, value in answer.items()
+        if name != "kind"
+    }
+
+
+def _tag_command(name: str, receipt: Mapping[str, Any]) -> str:
+    """Return the command that tags the commit, in the form that gto reads: `koala-700m@v3.0.0`."""
+    version = next((answer["version"] for answer in receipt["targets"] if "version" in answer), "v1")
+    commit = str(receipt["commit"]).removesuffix("-dirty")
+    return f"git tag -a {name}@{version}.0.0 {commit} -m 'Release {name} {version}'"
 
 
 def _log(run: Run, verdicts: Sequence[Verdict]) -> None:

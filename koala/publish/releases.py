@@ -8,24 +8,48 @@ from koala.errors import KoalaError
 from koala.publish import approvals
 from koala.publish.champion import champion, verdicts_on
 from koala.publish.config import PublishConfig
+from koala.publish.describe import Release, describe, describe_difference
 from koala.publish.targets.base import Shelf, Target
+from koala.publish.versions import Manifest
 
 
 def show_releases(targets: Sequence[Target], students: Sequence[str]) -> None:
-    """Print a table of all versions of the students at the targets."""
+    """Print a table of all versions of the students at the targets. Equal contents are the same release, whatever its version."""
     rows = []
     for student in students:
         for kind, shelf in _shelves(targets, student):
             latest = shelf.latest()
             for version in shelf.versions():
-                files = shelf.manifest(version).files
-                size = sum(file.size for file in files.values())
-                mark = "latest" if version == latest else ""
-                rows.append([student, kind, version, str(len(files)), f"{size / 1e6:,.1f}", mark])
+                manifest = shelf.manifest(version)
+                size = sum(file.size for file in manifest.files.values())
+                missing = shelf.missing(version)
+                marks = ["latest"] * (version == latest) + [f"broken: {len(missing)} files missing"] * bool(missing)
+                figures = [str(len(manifest.files)), f"{size / 1e6:,.1f}", manifest.sha256[:8]]
+                rows.append([student, kind, version, *figures, ", ".join(marks)])
+            rows += [[student, kind, candidate, "", "", "", "not merged"] for candidate in shelf.candidates()]
     if rows:
-        show(text_table(["student", "target", "version", "files", "MB", ""], rows).rstrip())
+        show(text_table(["student", "target", "version", "files", "MB", "content", ""], rows).rstrip())
     else:
         show(f"no release of {', '.join(students)} yet: publish one (`koala publish STUDENT`)")
+
+
+def show_release(targets: Sequence[Target], student: str, version: str | None) -> None:
+    """Print what a version is, and which versions of the targets hold the same. Left out: the latest of the first target.
+
+    Raises:
+        KoalaError: There is no such version.
+    """
+    release = _release(targets, student, version)
+    stands = {}
+    for kind, shelf in _shelves(targets, student):
+        held = shelf.holding(release.manifest)
+        stands[kind] = f"{held}{' (latest)' if held == shelf.latest() else ''}" if held else "not there"
+    describe(release, stands)
+
+
+def show_difference(targets: Sequence[Target], student: str, one: str, other: str) -> None:
+    """Print what two versions differ in. Raises KoalaError where there is none of that name."""
+    describe_difference(_release(targets, student, one), _release(targets, student, other))
 
 
 def verify(targets: Sequence[Target], student: str, version: str | None) -> None:
@@ -34,30 +58,54 @@ def verify(targets: Sequence[Target], student: str, version: str | None) -> None
     Raises:
         KoalaError: A file is missing or holds other bytes, or there is no such version.
     """
-    damage = []
+    chosen = []
     for kind, shelf in _shelves(targets, student):
-        chosen = version or shelf.latest()
-        if chosen is None:
+        found = version or shelf.latest()
+        if found is None:
             raise KoalaError(f"target {kind} holds no release of {student}: publish one (`koala publish {student}`)")
-        if damaged := shelf.damaged(chosen):
-            damage.append(f"target {kind}: {chosen} lacks {', '.join(damaged)} as its manifest has it")
-        else:
-            show(f"{student} {chosen} at target {kind} is whole")
-    if damage:
-        raise KoalaError(f"{'; '.join(damage)}: publish that release again, or roll back to another version")
+        chosen.append((kind, shelf, found))
+    _check(student, chosen)
 
 
-def roll_back(targets: Sequence[Target], student: str, version: str) -> None:
-    """Let latest.json of each target name `version`, which must be whole. Nothing is deleted.
+def roll_back(targets: Sequence[Target], student: str, version: str) -> Manifest:
+    """Let each target's latest be what `version` is at the first target. It must be whole. Nothing is deleted.
+
+    Returns:
+        What the version holds.
 
     Raises:
-        KoalaError: A target lacks the version, or holds it damaged. No target is changed then.
+        KoalaError: A target lacks it, or holds it damaged. No target is changed then.
     """
-    verify(targets, student, version)
-    for kind, shelf in _shelves(targets, student):
+    shelves = list(_shelves(targets, student))
+    (first, shelf), *_ = shelves
+    manifest = shelf.manifest(version)
+    chosen = []
+    for kind, shelf in shelves:
+        held = version if kind == first else shelf.holding(manifest)
+        if held is None:
+            raise KoalaError(
+                f"target {kind} does not hold {student} {version} of target {first}: choose another version "
+                "(`koala release list`), or publish that release again"
+            )
+        chosen.append((kind, shelf, held))
+    _check(student, chosen)
+    for kind, shelf, held in chosen:
         before = shelf.latest()
-        shelf.point_to(version)
-        say(f"target {kind}: the latest {student} is {version}" + (f", was {before}" if before != version else ""))
+        shelf.point_to(held)
+        say(f"target {kind}: the latest {student} is {held}" + (f", was {before}" if before != held else ""))
+    return manifest
+
+
+def _check(student: str, chosen: Sequence[tuple[str, Shelf, str]]) -> None:
+    """Read versions at their targets. Raises KoalaError where one is damaged."""
+    damage = []
+    for kind, shelf, version in chosen:
+        if damaged := shelf.damaged(version):
+            damage.append(f"target {kind}: {version} lacks {', '.join(damaged)} as its manifest has it")
+        else:
+            show(f"{student} {version} at target {kind} is whole")
+    if damage:
+        raise KoalaError(f"{'; '.join(damage)}: publish that release again, or roll back to another version")
 
 
 def approve(config: PublishConfig, student: str, evaluation: Path, because: str, by: str | None) -> None:
@@ -78,6 +126,18 @@ def approve(config: PublishConfig, student: str, evaluation: Path, because: str,
     show(
         f"{approvals.FILE} holds it: commit that file, and run `dvc repro publish@{student}` (or `koala publish {student}`)"
     )
+
+
+def _release(targets: Sequence[Target], student: str, version: str | None) -> Release:
+    """Return a version at the first target that has it; left out, the latest of the first."""
+    shelves = list(_shelves(targets, student))
+    for kind, shelf in shelves:
+        chosen = version or shelf.latest()
+        if chosen is None:
+            raise KoalaError(f"target {kind} holds no release of {student}: publish one (`koala publish {student}`)")
+        if chosen in shelf.versions():
+            return Release(student, chosen, shelf)
+    return Release(student, str(version), shelves[0][1])  # whose manifest says which versions there are
 
 
 def _shelves(targets: Sequence[Target], student: str) -> Iterator[tuple[str, Shelf]]:

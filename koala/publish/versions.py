@@ -17,6 +17,11 @@ from koala.run import STATE
 
 LATEST = "latest.json"
 MANIFEST = "manifest.json"
+TRAINING = "training.json"
+"""Provenance of the training."""
+GATE = "gate.json"
+"""The verdicts that depend on the student alone: what is compared with the champion stands in the receipt, since the champion
+of today is another tomorrow, and the same release must stay the same files."""
 RECEIPT = "receipt.json"
 """What was required of the student and what targets answered. It stays beside the release, and is not sent."""
 

@@ -98,6 +98,7 @@ def test_versions_are_listed_verified_and_rolled_back(hub: Hub, release: Path, c
     assert shelf.manifest("v1") == Manifest.of(release)
     assert shelf.read("v2", "report.html") == b"<p>"
     assert shelf.read("v1", "report.html") is None
+    assert shelf.missing("v1") == []
     show_releases([TARGET], [NAME])
     assert [line.split()[2] for line in capsys.readouterr().out.splitlines()[2:]] == ["v1", "v2"]
     verify([TARGET], NAME, "v1")
@@ -142,6 +143,16 @@ def test_a_publisher_that_ends_before_the_merge_or_the_tag_is_continued(hub: Hub
     assert TARGET.send(release, NAME)["version"] == "v1"
     assert len(hub.pulls) == 1
     assert hub.tags == {"v1": hub.refs["main"]}
+
+
+def test_an_open_pull_request_is_listed(hub: Hub, release: Path, capsys: pytest.CaptureFixture) -> None:
+    hub.fault("/merge", answers(500), times=4)
+    with pytest.raises(KoalaError, match="it answers 500"):
+        TARGET.send(release, NAME)
+    show_releases([TARGET], [NAME])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[2:]] == [
+        [NAME, "hub", "pull", "request", "1", "not", "merged"]
+    ]
 
 
 def test_what_arrives_with_other_bytes_is_not_merged(hub: Hub, release: Path) -> None:

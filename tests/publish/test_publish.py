@@ -17,6 +17,7 @@ from koala.publish.gate import Requirement, judge
 from koala.publish.publish import publish
 from koala.publish.targets.base import Target
 from koala.publish.targets.folder import FolderTarget
+from koala.publish.versions import Manifest
 from koala.run import STATE, NoRun
 
 METRICS = {
@@ -109,6 +110,7 @@ def test_a_release_holds_the_pipeline_its_card_and_its_figures(folders, tmp_path
         "grid.png",
         "training.json",
         "receipt.json",
+        "gate.json",
         "samples",
         "values.parquet",
     }
@@ -240,6 +242,48 @@ def test_the_receipt_says_where_the_release_went(folders, tmp_path) -> None:
     made = {path.relative_to(tmp_path / "release").as_posix() for path in (tmp_path / "release").rglob("*")}
     assert sent == made - {"receipt.json"} | {"manifest.json"}
     assert config.recipe()["targets"] == [{"kind": "folder", "path": str(tmp_path / "shared")}]
+
+
+def test_what_one_target_lacks_is_said_and_completed_by_publishing_again(
+    folders, tmp_path, recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    up = []
+
+    class Down(Target):
+        kind: str = "down"
+
+        def send(self, release: Path, name: str) -> dict[str, str]:
+            if not up:
+                raise KoalaError("it is down")
+            return {"version": "v1"}
+
+    targets = (Down(), FolderTarget(path=tmp_path / "shared"))
+    config = CONFIG.model_copy(update={"targets": targets})
+    release = tmp_path / "release"
+    with pytest.raises(KoalaError, match="koala-700m: not at target down: it is down: publish again"):
+        publish(config, **folders, out=release, run=recorder)
+    sent = {"kind": "folder", "version": "v1", "path": str(tmp_path / "shared/koala-700m/v1")}
+    assert json.loads((release / "receipt.json").read_text())["targets"] == [
+        {"kind": "down", "failed": "it is down"},
+        sent,
+    ]
+    assert "receipt.json" in recorder.files
+    assert "released" not in recorder.tagged
+    assert [entry[4] for entry in recorder.registered] == ["challenger"]
+
+    up.append(True)
+    publish(config, **folders, out=release, run=recorder)
+    assert json.loads((release / "receipt.json").read_text())["targets"] == [{"kind": "down", "version": "v1"}, sent]
+    assert [path.name for path in (tmp_path / "shared/koala-700m").glob("v*")] == ["v1"]
+    assert "git tag -a koala-700m@v1.0.0 abc -m 'Release koala-700m v1'" in capsys.readouterr().err
+
+    (model, content, files, tags, _), *_ = recorder.registered
+    assert (model, content) == ("koala-700m", Manifest.of(release).sha256)
+    assert files == ["README.md", "gate.json", "metrics.json", "report.html", "training.json"]
+    assert tags == {"git_commit": "abc", "training_run": "r1", "profile": "smoke", "data_hash.latents": "123"}
+    *_, (_, same, _, links, alias) = recorder.registered
+    assert (same, alias) == (content, "champion")
+    assert links == {"down.version": "v1", "folder.version": "v1", "folder.path": sent["path"]}
 
 
 def test_a_target_of_a_user_needs_no_change_elsewhere(folders, tmp_path) -> None:

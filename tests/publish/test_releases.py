@@ -1,6 +1,7 @@
 """`koala release`: what stands at the targets, whether it is whole, and going back to an earlier version."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from koala.errors import KoalaError
-from koala.publish.releases import roll_back, show_releases, verify
+from koala.publish.releases import roll_back, show_difference, show_release, show_releases, verify
 from koala.publish.targets.base import Target
 from koala.publish.targets.folder import FolderTarget
 
@@ -30,12 +31,16 @@ def latest(target: FolderTarget) -> str:
     return json.loads((target.path / "koala-700m" / "latest.json").read_text())["version"]
 
 
+def content(target: Target, version: str) -> str:
+    return target.shelf("koala-700m").manifest(version).sha256[:8]
+
+
 def test_all_versions_are_shown_with_the_latest(target: FolderTarget, capsys: pytest.CaptureFixture[str]) -> None:
     show_releases([target], ["koala-700m", "koala-1b"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert lines == [
-        ["koala-700m", "folder", "v1", "1", "0.0"],
-        ["koala-700m", "folder", "v2", "1", "0.0", "latest"],
+        ["koala-700m", "folder", "v1", "1", "0.0", content(target, "v1")],
+        ["koala-700m", "folder", "v2", "1", "0.0", content(target, "v2"), "latest"],
     ]
     show_releases([target], ["koala-1b"])
     assert "no release of koala-1b yet" in capsys.readouterr().out
@@ -60,6 +65,99 @@ def test_a_rollback_to_a_damaged_or_unknown_version_changes_no_target(target: Fo
     with pytest.raises(KoalaError, match=r"koala-700m has no version 'v9': choose one of v1, v2"):
         roll_back([whole, target], "koala-700m", "v9")
     assert (latest(whole), latest(target)) == ("v2", "v2")
+
+
+def test_a_version_whose_upload_broke_is_said(target: FolderTarget, capsys: pytest.CaptureFixture[str]) -> None:
+    (target.path / "koala-700m" / "v1" / "README.md").unlink()
+    show_releases([target], ["koala-700m"])
+    assert capsys.readouterr().out.splitlines()[2].endswith("broken: 1 files missing")
+
+
+def test_a_rollback_takes_the_same_release_whatever_its_version(target: FolderTarget, tmp_path: Path) -> None:
+    """The other target lacks the first release, so that its v1 is what v2 is here."""
+    other = FolderTarget(path=tmp_path / "other")
+    other.send(tmp_path / "release", "koala-700m")
+    (tmp_path / "release" / "README.md").write_text("of the third")
+    for each in (target, other):
+        each.send(tmp_path / "release", "koala-700m")
+    other = other.model_copy(update={"kind": "another"})
+    roll_back([target, other], "koala-700m", "v2")
+    assert (latest(target), latest(other)) == ("v2", "v1")
+    with pytest.raises(KoalaError, match=r"target another does not hold koala-700m v1 of target folder"):
+        roll_back([target, other], "koala-700m", "v1")
+    assert (latest(target), latest(other)) == ("v2", "v1")
+
+
+def published(folder: Path, target: FolderTarget, after: float, **recipe: object) -> None:
+    """Send a release that has a card, figures, verdicts and provenance."""
+    folder.mkdir(exist_ok=True)
+    metrics = {
+        "teacher": {"attributes/all": 0.95},
+        "after": {"attributes/all": after, "unet_parameters": 2776836},
+        "speed_up": 2.3,
+        "intervals": {"after": {"attributes/all": [after - 0.04, after + 0.04]}},
+        "categories": [],
+    }
+    rules = [
+        {"metric": "attributes/all", "of": "teacher", "at_least": 0.9, "value": 0.947, "bound": 0.911, "passed": True}
+    ]
+    training = {"commit": "abc", "run_id": "r1", "profile": "smoke", "config": recipe, "inputs": {}}
+    (folder / "README.md").write_text("---\nlicense: mit\nbase_model: owner/base\n---\n# A card\n")
+    for name, values in (
+        ("metrics.json", metrics),
+        ("gate.json", {"rules": rules, "approval": None}),
+        ("training.json", training),
+    ):
+        (folder / name).write_text(json.dumps(values))
+    target.send(folder, "koala-700m")
+
+
+def test_a_version_is_shown_with_where_it_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    targets = [FolderTarget(path=tmp_path / "one"), FolderTarget(path=tmp_path / "two")]
+    for target in targets:
+        published(tmp_path / "release", target, 0.9, steps=6)
+    published(tmp_path / "release", targets[0], 0.92, steps=8)
+    targets[1] = targets[1].model_copy(update={"kind": "another"})
+    show_release(targets, "koala-700m", "v1")
+    out = capsys.readouterr().out
+    for line in (
+        r"koala-700m v1",
+        r"licence +mit",
+        r"base model +owner/base",
+        r"commit +abc",
+        r"MLflow run +r1",
+        r"target folder +v1",
+        r"target another +v1 \(latest\)",
+        r"attributes/all +0.9000 +\(0.8600 to 0.9400\)",
+        r"unet_parameters +2,776,836",
+        r"speed_up +2.3000",
+        r"attributes/all of teacher at least 0.9 +0.9110 +passed",
+        r"training.json +\d+ +[0-9a-f]{12}",
+    ):
+        assert re.search(f"^{line}$", out, re.M), line
+    show_release(targets, "koala-700m", None)
+    out = capsys.readouterr().out
+    assert re.search(r"^target folder +v2 \(latest\)$", out, re.M)
+    assert re.search(r"^target another +not there$", out, re.M)
+    with pytest.raises(KoalaError, match="has no version 'v9': choose one of v1, v2"):
+        show_release(targets, "koala-700m", "v9")
+
+
+def test_a_difference_names_figures_recipe_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = FolderTarget(path=tmp_path / "one")
+    published(tmp_path / "release", target, 0.9, steps=6, weights={"feature": 1, "task": 1})
+    (tmp_path / "release" / "report.html").write_text("<p>")
+    published(tmp_path / "release", target, 0.92, steps=6, weights={"feature": 2, "task": 1})
+    show_difference([target], "koala-700m", "v1", "v2")
+    out = capsys.readouterr().out
+    assert re.search(r"^attributes/all +0.9000 \(0.8600 to 0.9400\) +0.9200 \(0.8800 to 0.9600\)$", out, re.M)
+    assert re.search(r"^weights.feature +1 +2$", out, re.M)
+    assert re.search(r"^report.html +- +3$", out, re.M)
+    assert re.search(r"^metrics.json +\d+ +\d+$", out, re.M)
+    assert "steps" not in out
+    assert "README.md" not in out
+    show_difference([target], "koala-700m", "v1", "v1")
+    assert "the same recipe\n\nthe same files\n" in capsys.readouterr().out
 
 
 def test_damage_is_found(target: FolderTarget, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,6 +195,8 @@ def test_the_commands_take_the_targets_of_the_profile(
     assert latest(target) == "v1"
     assert "latest" in koala("list").stdout
     assert koala("verify", "koala-700m").stdout == "koala-700m v1 at target folder is whole\n"
+    assert "target folder  v1 (latest)" in koala("show", "koala-700m").stdout
+    assert "README.md" in koala("diff", "koala-700m", "v1", "v2").stdout
     refused = koala("verify", "panda")
     assert refused.returncode == 2
     assert refused.stderr.startswith("koala: no student 'panda'")

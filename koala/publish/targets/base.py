@@ -50,8 +50,25 @@ class Shelf(ABC):
         """Read a file of a version and return its SHA-256; None where it is missing."""
 
     @abstractmethod
+    def sizes(self, version: str) -> dict[str, int]:
+        """Return the bytes of each file of a version that lies there. Reads none of them."""
+
+    @abstractmethod
     def point_to(self, version: str) -> None:
         """Let latest.json name a version. Raises KoalaError where another publisher moved it meanwhile."""
+
+    def candidates(self) -> list[str]:
+        """Return what was sent and is no version yet, in words: a publisher may be at work, or may have been killed."""
+        return []
+
+    def holding(self, manifest: Manifest) -> str | None:
+        """Return the newest version that holds these files; None where there is none."""
+        return next((each for each in reversed(self.versions()) if self.manifest(each) == manifest), None)
+
+    def missing(self, version: str) -> list[str]:
+        """Return the files of a version that are missing or of another size: its upload broke. Reads none of them."""
+        files, there = self.manifest(version).files, self.sizes(version)
+        return [name for name in sorted(files) if there.get(name) != files[name].size]
 
     def damaged(self, version: str) -> list[str]:
         """Return the files of a version that are missing or hold other bytes. Reads all of them."""

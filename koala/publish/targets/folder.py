@@ -31,10 +31,9 @@ class FolderTarget(Target):
         manifest, shelf = Manifest.of(release), self.shelf(name)
         shelf.place.mkdir(parents=True, exist_ok=True)
         with _alone(shelf.place):
-            versions = shelf.versions()
-            version = next((each for each in reversed(versions) if shelf.manifest(each) == manifest), None)
+            version = shelf.holding(manifest)
             if version is None:
-                version = after(versions)
+                version = after(shelf.versions())
                 _copy(release, manifest, shelf.place / version)
             shelf.point_to(version)
         return {"version": version, "path": str(shelf.place / version)}
@@ -81,6 +80,11 @@ class FolderShelf(Shelf):
             return None
         with path.open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
+
+    def sizes(self, version: str) -> dict[str, int]:
+        """Return the bytes of each file of a version."""
+        place = self.place / version
+        return {file.relative_to(place).as_posix(): file.stat().st_size for file in place.rglob("*") if file.is_file()}
 
     def point_to(self, version: str) -> None:
         """Let latest.json name a version."""

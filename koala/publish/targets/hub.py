@@ -25,6 +25,7 @@ from koala.publish.versions import MANIFEST, Manifest, after, no_such_version, n
 T = TypeVar("T")
 
 _MAIN = "main"
+_TITLE = "Release"  # of a pull request, before the start of its manifest's SHA-256
 _ATTEMPTS = 4
 _LONGEST_PAUSE = 60.0  # seconds that a Retry-After may ask for
 _FIRST_PAUSE = 1.0  # seconds before the second attempt, doubled each time
@@ -54,7 +55,7 @@ class HubTarget(Target):
         with _explained(shelf.repository):
             manifest = Manifest.of(release)
             shelf.create(self.private)
-            version = shelf.version_of(manifest)
+            version = shelf.holding(manifest)
             if version is None:
                 version = after(shelf.versions())
                 shelf.tag(version, shelf.merge(release, manifest))
@@ -115,6 +116,27 @@ class HubShelf(Shelf):
         with _explained(self.repository):
             return digest.hexdigest() if self._stream(version, file, digest.update) else None
 
+    def sizes(self, version: str) -> dict[str, int]:
+        """Return the bytes of each file of a version."""
+        with _explained(self.repository):
+            info = _patiently(lambda: self._hub.model_info(self.repository, revision=version, files_metadata=True))
+        return {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+
+    def candidates(self) -> list[str]:
+        """Return the open pull requests that releases are in."""
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        with _explained(self.repository):
+            try:
+                found = self._pull_requests()
+            except RepositoryNotFoundError:
+                return []
+        return [f"pull request {each.num}" for each in found if each.title.startswith(f"{_TITLE} ")]
+
+    def holding(self, manifest: Manifest) -> str | None:
+        """Return the newest version that holds these files."""
+        return next((each for each in reversed(self.versions()) if self._manifest(each) == manifest), None)
+
     def point_to(self, version: str) -> None:
         """Let `main` hold a version again, by a commit that restores its files from its tag."""
         from huggingface_hub import CommitOperationCopy, CommitOperationDelete
@@ -131,10 +153,6 @@ class HubShelf(Shelf):
     def create(self, private: bool) -> None:
         """Create the repository, if it is not there."""
         _patiently(lambda: self._hub.create_repo(self.repository, private=private, exist_ok=True))
-
-    def version_of(self, manifest: Manifest) -> str | None:
-        """Return the newest version that holds these files."""
-        return next((each for each in reversed(self.versions()) if self._manifest(each) == manifest), None)
 
     def commit(self, version: str) -> str:
         """Return the commit of a version."""
@@ -153,7 +171,7 @@ class HubShelf(Shelf):
         head, files = self._head()
         if self._manifest(_MAIN) == manifest:
             return head  # merged by a publisher that ended before it tagged
-        title = f"Release {manifest.sha256[:16]}"
+        title = f"{_TITLE} {manifest.sha256[:16]}"
         number = self._candidate(title, head)
         if number is None:
             number = self._propose(release, manifest, title, head, files)
@@ -191,16 +209,18 @@ class HubShelf(Shelf):
 
     def _candidate(self, title: str, head: str) -> int | None:
         """Return the open pull request of this release, of which the upload may have broken after it was made."""
-        found = list(
-            _patiently(
-                lambda: list(
-                    self._hub.get_repo_discussions(
-                        self.repository, discussion_type="pull_request", discussion_status="open"
-                    )
+        found = self._pull_requests()
+        return next((each.num for each in found if each.title == f"{title} on {head[:16]}"), None)
+
+    def _pull_requests(self) -> list[Any]:
+        """Return the open pull requests."""
+        return _patiently(
+            lambda: list(
+                self._hub.get_repo_discussions(
+                    self.repository, discussion_type="pull_request", discussion_status="open"
                 )
             )
         )
-        return next((each.num for each in found if each.title == f"{title} on {head[:16]}"), None)
 
     def _propose(self, release: Path, manifest: Manifest, title: str, head: str, files: set[str]) -> int:
         """Upload the release as a pull request on `head`. Return its number."""

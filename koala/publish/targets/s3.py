@@ -122,6 +122,11 @@ class S3Shelf(Shelf):
                 digest.update(content)
         return digest.hexdigest()
 
+    def sizes(self, version: str) -> dict[str, int]:
+        """Return the bytes of each file of a version."""
+        with _explained(self._location):
+            return self._sizes(version)
+
     def point_to(self, version: str) -> None:
         """Let latest.json name a version."""
         manifest = self.manifest(version)
@@ -150,12 +155,12 @@ class S3Shelf(Shelf):
 
     def fill(self, version: str, manifest: Manifest, release: Path) -> None:
         """Upload what the version lacks. S3 compares each part's SHA-256 with what it received."""
-        there = {entry["Key"]: entry["Size"] for entry in self._list("list_objects_v2", "Contents", f"{version}/")}
+        there = self._sizes(version)
         total = sum(file.size for file in manifest.files.values())
         for name in progress(sorted(manifest.files), f"publish: {total / 1e9:.2f} GB to {self._location}/{version}"):
             file = manifest.files[name]
             key = f"{self._prefix}{version}/{name}"
-            if there.get(key) != file.size or not self._is_whole(key, file, release / name):
+            if there.get(name) != file.size or not self._is_whole(key, file, release / name):
                 self._upload(key, file, release / name)
 
     def move_pointer(self, version: str, manifest: Manifest, before: tuple[str, str] | None) -> None:
@@ -176,6 +181,10 @@ class S3Shelf(Shelf):
     def _versions(self) -> list[str]:
         prefixes = self._list("list_objects_v2", "CommonPrefixes", "", Delimiter="/")
         return numbered(entry["Prefix"].removeprefix(self._prefix).rstrip("/") for entry in prefixes)
+
+    def _sizes(self, version: str) -> dict[str, int]:
+        entries = self._list("list_objects_v2", "Contents", f"{version}/")
+        return {entry["Key"].removeprefix(f"{self._prefix}{version}/"): entry["Size"] for entry in entries}
 
     def _list(self, operation: str, field: str, under: str, **options: str) -> list[dict[str, Any]]:
         pages = self._s3.get_paginator(operation).paginate(Bucket=self._bucket, Prefix=self._prefix + under, **options)
