@@ -234,9 +234,7 @@ def test_a_release_is_registered_once_and_its_alias_moves(open_run, tmp_path: Pa
     assert aliases == {"challenger": 2, "champion": 2}
     experiment = client().get_experiment_by_name("koala-smoke").experiment_id
     models = client().search_logged_models([experiment], order_by=[{"field_name": "creation_timestamp"}])
-    assert [(each.status, each.source_run_id) for each in models] == [
-        ("READY", run.info.run_id) for run in runs()[:2]
-    ]
+    assert [(each.status, each.source_run_id) for each in models] == [("READY", run.info.run_id) for run in runs()[:2]]
     model = models[0]
     assert versions[1].source == f"models:/{model.model_id}"
     files = client().list_logged_model_artifacts(model.model_id)

@@ -1,4 +1,4 @@
-"""A pipeline folder that other versions of transformers read too: names of CLIP-L, and vocabularies of the tokenizers.
+"""A pipeline folder for others: weights in half precision, names of CLIP-L and vocabularies that any transformers reads.
 
 transformers 5 saves CLIP-L without `text_model.` and a tokenizer as tokenizer.json alone. transformers 4 would initialise
 such an encoder anew, with only a warning, and finds no vocabulary. Both read what this makes of it.
@@ -7,10 +7,14 @@ such an encoder anew, with only a warning, and finds no vocabulary. Both read wh
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from koala.teacher.layout import is_index
+from koala.errors import KoalaError
+from koala.teacher.layout import MODELS, is_index
 from koala.teacher.shape import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
 
 _PREFIX = "text_model."
 _WEIGHTS = "model.safetensors"
@@ -22,6 +26,49 @@ def make_portable(folder: Path) -> None:
     for tokenizer in (folder / "tokenizer", folder / "tokenizer_2"):
         if (tokenizer / "tokenizer.json").is_file():
             _split_tokenizer(tokenizer)
+
+
+def store_as(folder: Path, dtype: str) -> None:
+    """Store the weights of each model in `dtype`, in a folder that may be changed; whole numbers stay as they are.
+
+    A shard is in memory at a time.
+
+    Raises:
+        KoalaError: A weight has a value that `dtype` cannot hold.
+    """
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    kind = getattr(torch, dtype)
+    for part in MODELS:
+        for file in sorted((folder / part).glob("*.safetensors")):
+            with safe_open(file, "pt") as content:
+                metadata = content.metadata() or {"format": "pt"}
+                tensors = {name: content.get_tensor(name) for name in list(content.keys())}
+            unfinished = file.with_name(f".{file.name}.partial")
+            save_file(
+                {name: as_type(tensor, kind, f"{part}: {name}") for name, tensor in tensors.items()},
+                unfinished,
+                metadata,
+            )
+            os.replace(unfinished, file)
+    for encoder in ("text_encoder", "text_encoder_2"):
+        # transformers 5 loads in the dtype that stands here, or else in that of the weights; diffusers in float32, unless told
+        # otherwise. A pipeline of both would not run.
+        file = folder / encoder / "config.json"
+        values = {name: value for name, value in read_json(file).items() if name != "torch_dtype"}
+        file.write_text(json.dumps(values | {"dtype": "float32"}, indent=2) + "\n")
+
+
+def as_type(tensor: "Tensor", kind: "dtype", name: str) -> "Tensor":
+    """Return a tensor in a floating-point type; whole numbers stay. Raises KoalaError where it cannot hold a value."""
+    if not tensor.is_floating_point():
+        return tensor
+    found = tensor.to(kind)
+    if not found.isfinite().all():
+        raise KoalaError(f"{name} has values that are not finite in {kind}: set publish.dtype to another")
+    return found
 
 
 def _prefix_clip_l(folder: Path) -> None:

@@ -15,11 +15,12 @@ from koala.publish import approvals, card
 from koala.publish.champion import champion, verdicts_on
 from koala.publish.config import PublishConfig
 from koala.publish.gate import Verdict
-from koala.publish.portable import make_portable
+from koala.publish.portable import make_portable, store_as
 from koala.publish.targets.base import Target
 from koala.publish.versions import GATE, RECEIPT, TRAINING, Manifest
 from koala.publish.workflow import workflow
 from koala.run import STATE, Run
+from koala.teacher.layout import LICENSE
 from koala.teacher.shape import read_json
 
 _REGISTERED = ("README.md", "metrics.json", "report.html", GATE, TRAINING)  # the weights are registered by reference
@@ -28,11 +29,11 @@ _REGISTERED = ("README.md", "metrics.json", "report.html", GATE, TRAINING)  # th
 def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path, run: Run) -> None:
     """Make the release in `out`, and send it to the targets.
 
-    `out` holds the pipeline's folders, README.md (the card), metrics.json, report.html, grid.png, what a later student is compared
-    with (values.parquet, samples/), training.json (provenance of the training, where `distilled` has one), gate.json (verdicts
-    and approval) and receipt.json (all verdicts, who approved it otherwise, and what the targets answered). Unless
-    `single_file` is off, it also holds NAME.safetensors, NAME-unet.safetensors and, where ComfyUI recognises the student,
-    NAME-comfyui.json.
+    `out` holds the pipeline's folders with weights in `config.dtype`, README.md (the card), LICENSE.md (the teacher's, where it
+    has one), metrics.json, report.html, grid.png, what a later student is compared with (values.parquet, samples/),
+    training.json (provenance of the training, where `distilled` has one), gate.json (verdicts and approval) and receipt.json
+    (all verdicts, who approved it otherwise, and what the targets answered). Unless `single_file` is off, it also holds
+    NAME.safetensors, NAME-unet.safetensors and, where ComfyUI recognises the student, NAME-comfyui.json.
 
     Args:
         config: The gate, the card and the targets.
@@ -75,6 +76,9 @@ def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path,
 
     _copy(distilled, evaluation, out)
     make_portable(out)
+    store_as(out, config.dtype)
+    if not (out / LICENSE).exists():
+        (out / LICENSE).write_text(card.license_text(name, config))
     files = _single_files(config, out, name) if config.single_file else card.NO_FILES
     table = (evaluation / "summary.md").read_text()
     (out / "README.md").write_text(card.render(name, metrics, derived, training, table, config, files))
@@ -168,8 +172,8 @@ def _single_files(config: PublishConfig, out: Path, name: str) -> card.SingleFil
     from koala.publish.single_file import image_side, recognised_as, write_checkpoint, write_unet
 
     checkpoint, unet = f"{name}.safetensors", f"{name}-unet.safetensors"
-    write_checkpoint(out, out / checkpoint, title=name, license=config.license)
-    write_unet(out, out / unet, title=name, license=config.license)
+    write_checkpoint(out, out / checkpoint, title=name, license=config.licence, dtype=config.dtype)
+    write_unet(out, out / unet, title=name, license=config.licence, dtype=config.dtype)
     recognised = recognised_as(read_json(out / "unet" / "config.json"))
     files = card.SingleFiles(checkpoint, unet, f"{name}-comfyui.json" if recognised else None, recognised)
     say(f"publish: {checkpoint}: {files.remark}")
@@ -185,6 +189,8 @@ def _copy(distilled: Path, evaluation: Path, out: Path) -> None:
     """Fill `out` with the pipeline, the metrics, the grid, and the provenance of the training, where there is one."""
     _clear(out)
     shutil.copyfile(distilled / "model_index.json", out / "model_index.json")
+    if (distilled / LICENSE).is_file():
+        shutil.copyfile(distilled / LICENSE, out / LICENSE)
     for component in json.loads((distilled / "model_index.json").read_text()):
         if (distilled / component).is_dir():
             # Writable, though DVC's files are read-only.

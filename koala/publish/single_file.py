@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from koala.errors import KoalaError
+from koala.publish.portable import as_type
 from koala.teacher.embedded import CONFIGURATIONS, embed
 from koala.teacher.layout import MODELS, weights
 from koala.teacher.original import POSITION_IDS, THIRDS, Place, places
@@ -195,18 +196,15 @@ def _in(entries: Mapping[str, _Entry], dtype: str | None, folder: Path) -> dict[
         return dict(entries)
     kind: torch.dtype = getattr(torch, dtype)
     return {
-        name: replace(entry, code=_CODES[kind], read=partial(_cast, entry, kind, name, folder))
+        name: replace(entry, code=_CODES[kind], read=partial(_cast, entry, kind, f"{folder}: {name}"))
         if _KINDS[entry.code].is_floating_point
         else entry
         for name, entry in entries.items()
     }
 
 
-def _cast(entry: _Entry, kind: torch.dtype, name: str, folder: Path) -> Tensor:
-    tensor = entry.read().to(kind)
-    if not tensor.isfinite().all():
-        raise KoalaError(f"{folder}: {name} has values that are not finite in {kind}: choose another dtype")
-    return tensor
+def _cast(entry: _Entry, kind: torch.dtype, name: str) -> Tensor:
+    return as_type(entry.read(), kind, name)
 
 
 def _write(file: Path, entries: Mapping[str, _Entry], metadata: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from koala.console import say
 from koala.errors import DISK_FULL, KoalaError
 from koala.teacher.config import SAFETENSORS, WEIGHTS, HubPart
-from koala.teacher.layout import MODEL_INDEX, configurations, read_index, weights
+from koala.teacher.layout import MODEL_INDEX, configurations, licence, read_index, weights
 from koala.teacher.source import place
 
 
@@ -21,11 +21,11 @@ class HubSource:
         self._cache = cache
 
     def configurations(self, to: Path) -> None:
-        """Fetch model_index.json, configurations and vocabularies into the folder `to`."""
+        """Fetch model_index.json, configurations, vocabularies and the licence into the folder `to`."""
         say(f"teacher: {self._repository} at {self._revision[:8]}")
         self._fetch([MODEL_INDEX])
         parts = read_index(self._cache, self._repository)
-        files = {MODEL_INDEX: MODEL_INDEX} | configurations(self._files, parts)
+        files = {MODEL_INDEX: MODEL_INDEX} | configurations(self._files, parts) | licence(self._files)
         self._fetch(files)
         place(files, self._cache, to)
 

@@ -20,8 +20,11 @@ MODELS = {
     "text_encoder_2": "CLIPTextModelWithProjection",
 }
 """Parts with weights, and their classes."""
+LICENSE = "LICENSE.md"
+"""The licence of a pipeline's weights, where it comes with one: it travels to the student and to its release."""
 PARTS = (*MODELS, "tokenizer", "tokenizer_2", "scheduler")
 
+_LICENSES = (LICENSE, "LICENSE", "LICENSE.txt")
 _HALF = (".fp16", ".bf16")
 _PRECISION = re.compile(r"\.(?:fp16|bf16)(?=[.-])")
 _INDEX = re.compile(r"\.safetensors\.index(?:\.\w+)?\.json$")
@@ -58,6 +61,11 @@ def configurations(files: Iterable[str], parts: Collection[str]) -> dict[str, st
         for file in files
         if _part(file) in parts and file.endswith((".json", ".txt")) and not _INDEX.search(file)
     }
+
+
+def licence(files: Collection[str]) -> dict[str, str]:
+    """Return the licence among `files` with its name in the teacher; empty where there is none."""
+    return dict.fromkeys([each for each in _LICENSES if each in files][:1], LICENSE)
 
 
 def weights(files: Iterable[str], part: str, origin: str) -> dict[str, str]:

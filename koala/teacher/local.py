@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from koala.console import hide_loading_bars, say
 from koala.errors import KoalaError
 from koala.teacher.embedded import is_embedded, load_part, unpack
-from koala.teacher.layout import MODEL_INDEX, MODELS, configurations, read_index, weights
+from koala.teacher.layout import MODEL_INDEX, MODELS, configurations, licence, read_index, weights
 from koala.teacher.shape import read_json
 from koala.teacher.source import Source, place, save_weights
 
@@ -42,13 +42,14 @@ class FolderSource:
         self._folder = folder
 
     def configurations(self, to: Path) -> None:
-        """Copy model_index.json, configurations and vocabularies into the folder `to`."""
+        """Copy model_index.json, configurations, vocabularies and the licence into the folder `to`."""
         if self._folder.is_file():
             raise KoalaError(f"the teacher's {self._folder} is a file, not a folder: set `kind: file`")
         if not self._folder.is_dir():
             raise KoalaError(f"there is no teacher at {self._folder}: give the folder of a pipeline")
         parts = read_index(self._folder, str(self._folder))
-        place({MODEL_INDEX: MODEL_INDEX} | configurations(self._files(), parts), self._folder, to)
+        files = configurations(self._files(), parts) | licence([file.name for file in self._folder.glob("LICENSE*")])
+        place({MODEL_INDEX: MODEL_INDEX} | files, self._folder, to)
 
     def weights(self, to: Path, parts: Collection[str]) -> None:
         """Copy the weights of `parts` into `to`."""

@@ -17,7 +17,7 @@ class Source(Protocol):
     """Where the files of a pipeline come from."""
 
     def configurations(self, to: Path) -> None:
-        """Write model_index.json, configurations and vocabularies into the folder `to`."""
+        """Write model_index.json, configurations, vocabularies and the licence, where there is one, into the folder `to`."""
 
     def weights(self, to: Path, parts: Collection[str]) -> None:
         """Write the weights of `parts` into `to`, which has its configurations."""

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from koala.console import say
 from koala.errors import DISK_FULL, KoalaError
 from koala.run import Run
+from koala.teacher.layout import LICENSE
 from koala.unet.blocks import MID, Stage, StudentRule, keep
 from koala.unet.config import StudentConfig
 from koala.unet.weights import copy_weights, weight_map
@@ -184,7 +185,10 @@ def _load_unet(folder: Path, remedy: str = "make the teacher again (`koala teach
 
 
 def _copy_components(teacher: Path, to: Path) -> None:
-    """Copy what model_index.json names except the U-Net, byte for byte; writable, though DVC's files are read-only."""
+    """Copy what model_index.json names except the U-Net, and the licence, byte for byte.
+
+    The copies are writable, though DVC's files are read-only.
+    """
     try:
         index = json.loads((teacher / "model_index.json").read_text())
     except (OSError, ValueError) as error:
@@ -193,6 +197,8 @@ def _copy_components(teacher: Path, to: Path) -> None:
         ) from None
     to.mkdir(parents=True)
     shutil.copyfile(teacher / "model_index.json", to / "model_index.json")
+    if (teacher / LICENSE).is_file():
+        shutil.copyfile(teacher / LICENSE, to / LICENSE)
     for component in index:
         if component.isidentifier() and component != "unet" and (teacher / component).is_dir():
             shutil.copytree(teacher / component, to / component, copy_function=shutil.copyfile)

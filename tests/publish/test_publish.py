@@ -3,9 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from pydantic import ValidationError
 
 from koala import generate
 from koala.errors import KoalaError
@@ -69,30 +72,91 @@ def folders(tmp_path: Path, tiny_teacher: Path) -> dict[str, Path]:
     return {"distilled": distilled, "evaluation": evaluation}
 
 
-def test_a_release_generates_what_the_student_generated(folders, tmp_path, recorder) -> None:
+def generated(model: Path) -> np.ndarray:
+    sampling, prompts = SamplingConfig(steps=3, guidance=2.0), [("a large red circle on a white background", 3)]
+    return np.asarray(generate.generate(generate.load(model, "float32"), prompts, sampling)[0], int)
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """The tensors of a pipeline folder, by file and name without CLIP-L's prefix."""
     from safetensors.torch import load_file
 
-    release = tmp_path / "release"
+    return {
+        f"{file.relative_to(folder)}:{name.removeprefix('text_model.')}": tensor
+        for file in folder.glob("*/*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+def test_a_release_generates_what_the_student_generated(folders, tmp_path, recorder) -> None:
+    """In half precision, which images show by a few levels; at the student's own, to the bit."""
+    release, exact = tmp_path / "release", tmp_path / "exact"
     publish(CONFIG, **folders, out=release, run=recorder)
-    sampling, prompts = SamplingConfig(steps=3, guidance=2.0), [("a large red circle on a white background", 3)]
-    images = [
-        np.asarray(generate.generate(generate.load(folder), prompts, sampling)[0])
-        for folder in (folders["distilled"], release)
-    ]
-    assert np.array_equal(*images)
-    weights = sorted(path.relative_to(folders["distilled"]) for path in folders["distilled"].rglob("*.safetensors"))
-    assert len(weights) == 4
-    for file in weights:
-        ours, theirs = (
-            {name.removeprefix("text_model."): tensor for name, tensor in load_file(folder / file).items()}
-            for folder in (release, folders["distilled"])
-        )
-        assert ours.keys() == theirs.keys(), file
-        assert all((ours[name] == theirs[name]).all() for name in theirs), file
+    publish(CONFIG.model_copy(update={"dtype": "float32"}), **folders, out=exact, run=NoRun())
+    image = generated(folders["distilled"])
+    assert np.array_equal(generated(exact), image)
+    assert np.abs(generated(release) - image).max() <= 4
+    own = weights(folders["distilled"])
+    for folder, dtype in ((release, torch.float16), (exact, torch.float32)):
+        found = weights(folder)
+        assert found.keys() == own.keys()
+        assert all((found[name] == own[name].to(dtype)).all() for name in own)
+        assert {tensor.dtype for tensor in found.values() if tensor.is_floating_point()} == {dtype}
     kinds = {path.suffix for path in release.rglob("*") if path.is_file()}
     assert kinds <= {".json", ".txt", ".md", ".html", ".png", ".parquet", ".safetensors"}
     assert recorder.tagged["released"] == "yes"
     assert set(recorder.files) == {"receipt.json", "README.md"}
+
+
+def test_a_release_loads_as_one_dtype_whoever_asks_for_none(folders, tmp_path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    publish(CONFIG, **folders, out=tmp_path / "release", run=NoRun())
+    for asked, found in ((None, torch.float32), (torch.float16, torch.float16)):
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            tmp_path / "release", use_safetensors=True, local_files_only=True, torch_dtype=asked
+        )
+        parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+        assert {part.dtype for part in parts} == {found}
+
+
+def test_a_value_that_half_precision_cannot_hold_is_refused(folders, tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folders["distilled"] / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.conv_in.bias"][0] = 1e6
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(KoalaError, match=r"vae: decoder.conv_in.bias has values .*: set publish.dtype to another"):
+        publish(CONFIG, **folders, out=tmp_path / "release", run=NoRun())
+
+
+def test_the_teachers_licence_travels_with_the_release(folders, tmp_path) -> None:
+    (folders["distilled"] / "LICENSE.md").write_text("use restrictions")
+    publish(CONFIG, **folders, out=tmp_path / "release", run=NoRun())
+    assert (tmp_path / "release" / "LICENSE.md").read_text() == "use restrictions"
+
+
+def test_a_licence_outside_the_hubs_list_is_named_and_linked(folders, tmp_path) -> None:
+    from huggingface_hub import ModelCard
+
+    config = PublishConfig(
+        license="other", license_name="a-licence", license_link="https://example.org/a", datasets=("owner/images",)
+    )
+    publish(config, **folders, out=tmp_path / "release", run=NoRun())
+    card = ModelCard.load(tmp_path / "release" / "README.md")
+    assert (card.data.license, card.data.license_name, card.data.license_link) == (
+        "other",
+        "a-licence",
+        "https://example.org/a",
+    )
+    assert card.data.datasets == ["owner/images"]
+    text = (tmp_path / "release" / "LICENSE.md").read_text()
+    assert "released under its licence, a-licence" in text
+    assert "https://example.org/a" in text
+    for wrong in ({"license": "other"}, {"license": "mit", "license_name": "a-licence"}):
+        with pytest.raises(ValidationError, match="`license: other` goes with a license_name"):
+            PublishConfig(**wrong)
 
 
 def test_a_release_holds_the_pipeline_its_card_and_its_figures(folders, tmp_path) -> None:
@@ -111,6 +175,7 @@ def test_a_release_holds_the_pipeline_its_card_and_its_figures(folders, tmp_path
         "training.json",
         "receipt.json",
         "gate.json",
+        "LICENSE.md",
         "samples",
         "values.parquet",
     }
@@ -150,6 +215,12 @@ def test_the_card_is_valid_and_carries_the_figures(folders, tmp_path) -> None:
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert found["attributes/all"] == 0.9
     assert found["speed_up"] == 2.3
+    names = {result.metric_type: result.metric_name for result in card.data.eval_results}
+    assert names["attributes/all"] == "attributes/all, 95 % interval 0.861 to 0.939"
+    assert names["share_of_teacher/attributes/all"].endswith("95 % interval 0.904 to 0.991")
+    assert names["speed_up"] is None
+    assert "git checkout abc\ndvc repro publish@koala-700m" in card.text
+    assert "torch_dtype=torch.float16" in card.text
     assert {result.dataset_name for result in card.data.eval_results} == {"koala's prompts, profile smoke"}
     assert "31%" in card.text
     assert "MLflow run `r1`" in card.text
@@ -174,7 +245,7 @@ def test_the_card_says_what_it_is_good_at(folders, tmp_path) -> None:
     (folders["evaluation"] / "metrics.json").write_text(json.dumps(metrics))
     publish(PublishConfig(license="apache-2.0"), **folders, out=tmp_path / "release", run=NoRun())
     text = (tmp_path / "release" / "README.md").read_text()
-    assert "| scenes | 72 | 99.0% (89.0-109.0) |\n| counts | 72 | 70.0% (60.0-80.0) |\n\n## Use" in text
+    assert "| scenes | 72 | 99.0% (89.0-109.0) |\n| counts | 72 | 70.0% (60.0-80.0) |\n\n## Use it in diffusers" in text
 
 
 def test_a_pipeline_without_provenance_has_a_card_too(folders, tmp_path) -> None:
@@ -365,6 +436,7 @@ def test_a_student_that_comfyui_recognises_has_a_workflow(folders, tmp_path, mon
     assert graph[sample["negative"][0]]["class_type"] == "ConditioningZeroOut"
     assert graph["prompt"]["inputs"]["text"] == "a large red circle"
     card = (release / "README.md").read_text()
+    assert "## Use it in ComfyUI" in card
     assert "ComfyUI recognises it as KOALA_700M" in card
     assert "`koala-700m-comfyui.json`" in card
     assert "- comfyui\n" in card

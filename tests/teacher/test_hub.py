@@ -184,11 +184,13 @@ def test_only_what_the_index_names_is_fetched(hub: Any, tmp_path: Path) -> None:
     shutil.copytree(repository / "vae", repository / "vae_1_0")
     (repository / "unet/custom.py").write_text("raise SystemExit")
     (repository / "README.md").write_text("words")
+    (repository / "LICENSE.md").write_text("use restrictions")
     folder = fetch(config(), tmp_path / "out")
     kept = {path.name for path in folder.iterdir()}
     parts = {"unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}
-    assert kept == {"model_index.json", "teacher.json", *parts}
-    assert not [file for file in files(folder) if not file.endswith((".json", ".txt", ".safetensors"))]
+    assert kept == {"model_index.json", "teacher.json", "LICENSE.md", *parts}
+    assert (folder / "LICENSE.md").read_text() == "use restrictions"
+    assert not [file for file in files(folder) if not file.endswith((".json", ".txt", ".safetensors", "LICENSE.md"))]
     assert not [
-        path for path in hub.asked if path.endswith((".py", ".md", "sd_xl_base.safetensors")) or "vae_1_0" in path
+        path for path in hub.asked if path.endswith((".py", "README.md", "sd_xl_base.safetensors")) or "vae_1_0" in path
     ]

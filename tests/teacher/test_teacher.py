@@ -50,6 +50,12 @@ def test_a_folder_is_copied_byte_for_byte_and_left_alone(pipeline: Path, tmp_pat
     assert json.loads((out / "teacher.json").read_text())["config"]["path"] == str(pipeline)
 
 
+@pytest.mark.parametrize("name", ["LICENSE.md", "LICENSE", "LICENSE.txt"])
+def test_a_licence_comes_along(pipeline: Path, tmp_path: Path, name: str) -> None:
+    (pipeline / name).write_text("use restrictions")
+    assert (make(tmp_path / "out", path=pipeline) / "LICENSE.md").read_text() == "use restrictions"
+
+
 def test_a_folder_of_symbolic_links_is_copied_as_files(pipeline: Path, tmp_path: Path) -> None:
     linked = tmp_path / "snapshot"
     for file in pipeline.rglob("*"):

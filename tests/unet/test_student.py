@@ -146,12 +146,13 @@ def folders(tmp_path, rules, teacher):
 
 
 def test_the_stage_writes_a_whole_pipeline_folder(folders, teacher, recorder):
+    (folders.root / "teacher" / "LICENSE.md").write_text("use restrictions")
     folders.build("koala-1b", recorder)
     out = folders.out
 
-    names = {"model_index.json", "unet", "vae", "kept.json", "weight_map.json"}
+    names = {"model_index.json", "LICENSE.md", "unet", "vae", "kept.json", "weight_map.json"}
     assert {path.name for path in out.iterdir()} == names
-    for file in ("model_index.json", "vae/weights.bin"):
+    for file in ("model_index.json", "LICENSE.md", "vae/weights.bin"):
         assert (out / file).read_bytes() == (folders.root / "teacher" / file).read_bytes()
         assert (out / file).stat().st_mode & 0o200
 
