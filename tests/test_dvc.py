@@ -169,6 +169,19 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_releases_are_an_artifact_of_the_profile(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dvc.repo import Repo
+
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("\nprofile: demo\n", "\nprofile: smoke\n", 1))
+    monkeypatch.chdir(project)
+    with Repo() as repo:
+        (named,) = repo.artifacts.read().values()
+        outs = {str(out) for stage in repo.index.stages for out in stage.outs}
+    assert named["releases"].path == "artifacts/smoke/release"
+    assert any(out.startswith(f"{named['releases'].path}/") for out in outs)
+
+
 def test_a_third_student_is_one_row(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its stages, metrics and plots are there; so is its deployment (tests/flows)."""
     from dvc.repo import Repo

@@ -95,8 +95,10 @@ def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path,
     run.register(name, content, cards, _links(receipt), "champion")
     run.tags({"released": "yes"})
     say(f"publish: {name} is released")
-    if training.get("commit") and receipt["targets"]:
-        say(f"publish: to tag the commit that trained it: {_tag_command(name, receipt)}")
+    if version := next((answer["version"] for answer in receipt["targets"] if "version" in answer), None):
+        # The form that gto and `dvc artifacts` read.
+        tag = f"git tag -a {name}@{version}.0.0 -m 'Release {name} {version}'"
+        say(f"publish: to name it in git, once dvc.lock is committed: {tag}")
 
 
 def _send(targets: Sequence[Target], out: Path, name: str, receipt: dict[str, Any]) -> list[str]:
@@ -135,13 +137,6 @@ def _links(receipt: Mapping[str, Any]) -> dict[str, str]:
         for name, value in answer.items()
         if name != "kind"
     }
-
-
-def _tag_command(name: str, receipt: Mapping[str, Any]) -> str:
-    """Return the command that tags the commit, in the form that gto reads: `koala-700m@v3.0.0`."""
-    version = next((answer["version"] for answer in receipt["targets"] if "version" in answer), "v1")
-    commit = str(receipt["commit"]).removesuffix("-dirty")
-    return f"git tag -a {name}@{version}.0.0 {commit} -m 'Release {name} {version}'"
 
 
 def _log(run: Run, verdicts: Sequence[Verdict]) -> None:

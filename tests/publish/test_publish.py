@@ -346,7 +346,7 @@ def test_what_one_target_lacks_is_said_and_completed_by_publishing_again(
     publish(config, **folders, out=release, run=recorder)
     assert json.loads((release / "receipt.json").read_text())["targets"] == [{"kind": "down", "version": "v1"}, sent]
     assert [path.name for path in (tmp_path / "shared/koala-700m").glob("v*")] == ["v1"]
-    assert "git tag -a koala-700m@v1.0.0 abc -m 'Release koala-700m v1'" in capsys.readouterr().err
+    assert "git tag -a koala-700m@v1.0.0 -m 'Release koala-700m v1'" in capsys.readouterr().err
 
     (model, content, files, tags, _), *_ = recorder.registered
     assert (model, content) == ("koala-700m", Manifest.of(release).sha256)
