@@ -41,6 +41,7 @@ from koala.evaluate.metrics.clip_score import ClipScore
 from koala.evaluate.metrics.cmmd import Cmmd
 from koala.evaluate.metrics.dino_cosine import DinoCosine
 from koala.evaluate.metrics.fd_dinov2 import FdDinov2
+from koala.evaluate.metrics.hps_v21 import HpsV21
 from koala.evaluate.metrics.pick_score import PickScore
 from koala.evaluate.metrics.psnr import Psnr
 from koala.evaluate.prompt_files import FilePrompts, HubPrompts
@@ -69,7 +70,8 @@ Teacher = Annotated[HubTeacher | FolderTeacher | FileTeacher | _TinyTeacher, Fie
 Rule = Annotated[Words | Size | Aspect | Ascii | Blocklist | Scores, Field(discriminator="kind")]
 Prompts = Annotated[FilePrompts | HubPrompts | ShapesPrompts, Field(discriminator="kind")]
 Metric = Annotated[
-    Attributes | BVqa | ClipScore | Cmmd | DinoCosine | FdDinov2 | PickScore | Psnr, Field(discriminator="kind")
+    Attributes | BVqa | ClipScore | Cmmd | DinoCosine | FdDinov2 | HpsV21 | PickScore | Psnr,
+    Field(discriminator="kind"),
 ]
 Target = Annotated[FolderTarget | HubTarget | S3Target, Field(discriminator="kind")]
 

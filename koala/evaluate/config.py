@@ -1,5 +1,6 @@
 """Parameters of sampling and of evaluation."""
 
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
@@ -88,13 +89,17 @@ class EvaluateConfig(Config):
         return self
 
     def scores(self) -> tuple[str, ...]:
-        """Return the names of all scores that each of a student's images has."""
-        sets = {name for name, column in self.columns().items() if column.of_set}
-        return tuple(name for metric in self.metrics for name in metric.names() if name not in sets)
+        """Return the names of all scores of a student that have an interval."""
+        without = {name for name, column in self.columns().items() if not column.interval}
+        return tuple(name for metric in self.metrics for name in metric.names() if name not in without)
 
     def columns(self) -> dict[str, Column]:
         """Return the columns of all metrics by the name of their score."""
-        return {name: column for metric in self.metrics for name, column in metric.columns.items()}
+        return {
+            name: replace(column, label=column.label.format(model=metric.model_name, count=self.count))
+            for metric in self.metrics
+            for name, column in metric.columns.items()
+        }
 
     def resume_key(self) -> dict[str, Any]:
         """Return what decides the images: they are kept when a metric is added or the report changes."""

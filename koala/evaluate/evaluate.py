@@ -18,8 +18,9 @@ from koala.evaluate.config import EvaluateConfig
 from koala.evaluate.cost import costs
 from koala.evaluate.generation import generate_images
 from koala.evaluate.images import read_images
+from koala.evaluate.metrics.base import SetFigure
 from koala.evaluate.prompts import Prompt, seeded_prompts
-from koala.evaluate.statistics import CONFIDENCE, RESAMPLES, Estimate, by_category, estimate
+from koala.evaluate.statistics import CONFIDENCE, RESAMPLES, Estimate, by_category, estimate, from_draws
 from koala.evaluate.values import FILE as VALUES
 from koala.evaluate.values import Values
 from koala.run import STATE, Run
@@ -69,9 +70,18 @@ def evaluate(
     cost = {"teacher": of_teacher, "before": own, "after": own}  # distillation changes weights only
     values, of_sets = _scores(images, prompts, config)
     shared = [name for name, column in config.columns().items() if column.of_teacher and name in values["teacher"]]
-    scores, compared = estimate([prompt.text for prompt in prompts], values, shared)
+    texts = [prompt.text for prompt in prompts]
+    scores, compared = estimate(texts, values, shared)
+    for model in images:
+        scores[model] |= {
+            name: from_draws(figure.value, figure.draws, len(set(texts)))
+            for name, figure in of_sets[model].items()
+            if figure.draws is not None
+        }
     measured = {
-        model: {name: score.value for name, score in scores[model].items()} | of_sets[model] | cost[model]
+        model: {name: score.value for name, score in scores[model].items()}
+        | {name: figure.value for name, figure in of_sets[model].items()}
+        | cost[model]
         for model in images
     }
     derived = {
@@ -82,9 +92,7 @@ def evaluate(
     }
     bounds = {name: figure.bounds for name, figure in {**scores["after"], **compared}.items()}
 
-    categories = by_category(
-        [prompt.text for prompt in prompts], [prompt.category for prompt in prompts], values, shared
-    )
+    categories = by_category(texts, [prompt.category for prompt in prompts], values, shared)
     pinned = _pinned(config, distilled, images["after"], prompts)
     sections = {
         "intervals": {**{model: _intervals(scores[model]) for model in scores}, **_intervals(compared)},
@@ -116,13 +124,14 @@ def evaluate(
 
 def _scores(
     images: "Mapping[str, Sequence[Image]]", prompts: Sequence[Prompt], config: EvaluateConfig
-) -> tuple[dict[str, dict[str, Sequence[float]]], dict[str, dict[str, float]]]:
+) -> tuple[dict[str, dict[str, Sequence[float]]], dict[str, dict[str, SetFigure]]]:
     """Return each model's values of its images by the score's name, and its figures of all images together.
 
-    A metric measures all models before the next one, so that what it loads is loaded once.
+    A metric measures all models before the next one, so that what it loads is loaded once, and once for metrics in a row that
+    load the same.
     """
     values: dict[str, dict[str, Sequence[float]]] = {model: {} for model in images}
-    of_sets: dict[str, dict[str, float]] = {model: {} for model in images}
+    of_sets: dict[str, dict[str, SetFigure]] = {model: {} for model in images}
     for metric in config.metrics:
         for model in progress(images, f"evaluate: {metric.kind}", len(images)):
             reference = None if model == "teacher" else images["teacher"]
@@ -130,9 +139,9 @@ def _scores(
                 _check(metric.kind, name, model, found, len(prompts))
                 values[model][name] = found
             for name, figure in metric.measure_set(images[model], prompts, reference).items():
-                _check(metric.kind, name, model, [figure], 1)
+                _check(metric.kind, name, model, [figure.value], 1)
                 of_sets[model][name] = figure
-        extractors.forget()
+    extractors.forget()
     return values, of_sets
 
 

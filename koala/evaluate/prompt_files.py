@@ -7,10 +7,11 @@
 | `.tsv` | the column `Prompt`, and `Category` where there is one | PartiPrompts |
 | `.json` | a list of texts, or COCO's `annotations` with a `caption` each | HPSv2's, COCO |
 
-A folder is one set: each of its files is a category, called as the file, unless the file itself names categories.
+Several files are one set: each is a category, called as the file, unless the file itself names categories.
 """
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,22 +24,25 @@ from koala.evaluate.prompts import PromptSet, Written
 
 
 class FilePrompts(PromptSet):
-    """Prompts of a file, or of a folder's files."""
+    """Prompts of a file, of a folder's files, or of the files of a pattern."""
 
     kind: Literal["file"] = "file"
     """Name of the kind."""
 
     path: Path
-    """The file or the folder, relative to the current folder."""
+    """The file or the folder, relative to the current folder. The last part may be a pattern: `dataset/*_val.txt`."""
 
     def load(self) -> list[Written]:
         """Return the prompts. Raises KoalaError where there are none, or where a file cannot be read."""
-        if not self.path.exists():
+        if self.path.is_dir():
+            files = sorted(file for file in self.path.iterdir() if file.suffix in _READERS)
+        elif self.path.exists():
+            files = [self.path]
+        elif not (files := sorted(self.path.parent.glob(self.path.name))):
             raise KoalaError(
                 f"evaluate.prompts names {self.path}, which is not there: give a file with a prompt a line, or a folder"
             )
-        files = sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]
-        return _read([file for file in files if file.suffix in _READERS or file == self.path], str(self.path))
+        return _read(files, str(self.path))
 
 
 class HubPrompts(PromptSet):
@@ -110,7 +114,7 @@ def _json_lines(text: str) -> Iterator[Written]:
 
 
 def _tab_separated(text: str) -> Iterator[Written]:
-    for row in csv.DictReader(text.splitlines(), delimiter="\t"):
+    for row in csv.DictReader(io.StringIO(text), delimiter="\t"):
         yield Written(row["Prompt"], row.get("Category") or "")
 
 

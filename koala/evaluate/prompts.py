@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import chain, zip_longest
 
 from koala.config import Config
@@ -46,11 +47,17 @@ class PromptSet(Config, ABC):
 def seeded_prompts(prompts: PromptSet, count: int, seed: int) -> list[Prompt]:
     """Return `count` prompts with the seeds `seed`, `seed + 1`, ...
 
-    The categories take turns, so that any count has as many of each as it can. The set is cycled where it is shorter.
+    The categories take turns, so that any count has as many of each as it can. Where the set is longer than `count`, the
+    prompts of a category are taken by the order of their SHA-256: a sample that depends neither on where a prompt stands in the
+    file nor on the others. Where it is shorter, it is cycled.
     """
+    loaded = prompts.load()
     of_category: dict[str, list[Written]] = {}
-    for written in prompts.load():
+    for written in loaded:
         of_category.setdefault(written.category, []).append(written)
+    if count < len(loaded):
+        for category in of_category.values():
+            category.sort(key=lambda written: sha256(written.text.encode()).digest())
     turns = [written for written in chain(*zip_longest(*of_category.values())) if written is not None]
     chosen = (turns[number % len(turns)] for number in range(count))
     return [Prompt(each.text, seed + number, each.category, each.chunks) for number, each in enumerate(chosen)]

@@ -5,7 +5,7 @@ by the same draws, so that what makes a prompt hard for both cancels in their di
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING
@@ -71,13 +71,13 @@ def estimate(
     count = len(set(prompts))
     models: dict[str, dict[str, Estimate]] = {model: {} for model in scores}
     for model, score in names:
-        models[model][score] = _estimate(means[model, score], draws[model, score], count)
+        models[model][score] = from_draws(means[model, score], draws[model, score], count)
     compared = {}
     for score in shared:
         ours, theirs = (STUDENT, score), (TEACHER, score)
-        kept = _estimate(ratio(means[ours], means[theirs]), ratio(draws[ours], draws[theirs]), count)
+        kept = from_draws(ratio(means[ours], means[theirs]), ratio(draws[ours], draws[theirs]), count)
         compared[f"{SHARE}/{score}"] = kept
-        difference = _estimate(means[ours] - means[theirs], draws[ours] - draws[theirs], count)
+        difference = from_draws(means[ours] - means[theirs], draws[ours] - draws[theirs], count)
         compared[f"{DIFFERENCE}/{score}"] = difference
     return models, compared
 
@@ -133,7 +133,7 @@ def share(prompts: Sequence[str], ours: Sequence[float], theirs: Sequence[float]
 
     values = np.array([ours, theirs], dtype=float)
     (our_draws, their_draws), (our_mean, their_mean) = resampled_means(prompts, values), values.mean(axis=1)
-    return _estimate(ratio(our_mean, their_mean), ratio(our_draws, their_draws), len(set(prompts)))
+    return from_draws(ratio(our_mean, their_mean), ratio(our_draws, their_draws), len(set(prompts)))
 
 
 def resampled_means(
@@ -150,18 +150,34 @@ def resampled_means(
     """
     import numpy as np
 
-    _, group = np.unique(np.asarray(prompts), return_inverse=True)
-    sizes = np.bincount(group)
-    sums = np.array([np.bincount(group, weights=series) for series in values]).reshape(len(values), len(sizes))
-    random, prompt_count = np.random.default_rng(seed), len(sizes)
-    step = max(1, at_once // prompt_count)
-    means = np.empty((len(values), resamples))
-    for first in range(0, resamples, step):
-        rows = min(step, resamples - first)
-        # How often each prompt is drawn: R x prompts.
-        times = random.multinomial(prompt_count, np.full(prompt_count, 1 / prompt_count), size=rows)
-        means[:, first : first + rows] = (times @ sums.T / (times @ sizes)[:, None]).T
-    return means
+    drawn = Resamples(prompts, seed, at_once)
+    sums = np.array([np.bincount(drawn.group, weights=series) for series in values])
+    sums = sums.reshape(len(values), len(drawn.sizes))
+    means = [(times @ sums.T / (times @ drawn.sizes)[:, None]).T for times in drawn.draws(resamples)]
+    return np.concatenate(means, axis=1)
+
+
+class Resamples:
+    """Resamples of the prompts, by the same draws wherever the prompts are the same."""
+
+    def __init__(self, prompts: Sequence[str], seed: int = _SEED, at_once: int = _AT_ONCE) -> None:
+        """Group images by their prompts. Arguments as of `resampled_means`."""
+        import numpy as np
+
+        _, self.group = np.unique(np.asarray(prompts), return_inverse=True)
+        """Number of the prompt of each image, N."""
+        self.sizes = np.bincount(self.group)
+        """Images of each prompt, P."""
+        self._seed, self._at_once = seed, at_once
+
+    def draws(self, resamples: int) -> "Iterator[np.ndarray]":
+        """Yield how often each prompt is drawn, R x P at a time, until there are `resamples` rows."""
+        import numpy as np
+
+        random, count = np.random.default_rng(self._seed), len(self.sizes)
+        step = max(1, self._at_once // count)
+        for first in range(0, resamples, step):
+            yield random.multinomial(count, np.full(count, 1 / count), size=min(step, resamples - first))
 
 
 def ratio(one: "np.ndarray | float", other: "np.ndarray | float") -> "np.ndarray":
@@ -173,7 +189,14 @@ def ratio(one: "np.ndarray | float", other: "np.ndarray | float") -> "np.ndarray
     return share
 
 
-def _estimate(value: "np.ndarray | float", draws: "np.ndarray", prompts: int) -> Estimate:
+def from_draws(value: "np.ndarray | float", draws: "np.ndarray", prompts: int) -> Estimate:
+    """Return a figure with its interval and bounds.
+
+    Args:
+        value: The figure of all images.
+        draws: The figure over resamples of the prompts.
+        prompts: Number of different prompts.
+    """
     import numpy as np
 
     two_sided, one_sided = _tail((1 - CONFIDENCE) / 2, prompts), _tail(1 - CONFIDENCE, prompts)

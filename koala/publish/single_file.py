@@ -24,7 +24,8 @@ from koala.errors import KoalaError
 from koala.publish.portable import as_type
 from koala.teacher.embedded import CONFIGURATIONS, embed
 from koala.teacher.layout import MODELS, weights
-from koala.teacher.original import POSITION_IDS, THIRDS, Place, places
+from koala.teacher.open_clip import THIRDS, Place
+from koala.teacher.original import POSITION_IDS, places
 from koala.teacher.shape import read_json
 from koala.unet.blocks import teacher_stages
 from koala.unet.reference import SDXL

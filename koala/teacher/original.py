@@ -6,13 +6,10 @@ serves both ways: `Place.write` gives the file's tensor, `Place.read` the pipeli
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
+from koala.teacher.open_clip import OPEN_CLIP_TEXT, Place, open_clip
 from koala.unet.blocks import MID, Stage, teacher_stages
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -24,42 +21,6 @@ PREFIXES = {
 
 POSITION_IDS = f"{PREFIXES['text_encoder']}embeddings.position_ids"
 """CLIP-L's positions, a constant that the original layout holds."""
-
-Form = Literal["same", "transposed", "convolution", "q", "k", "v"]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor of a pipeline stands in a single file, and in which form.
-
-    transposed: a matrix. convolution: a matrix as a 1x1 convolution (four dimensions). q, k, v: the first, second or
-    last third of the rows of a fused tensor.
-    """
-
-    name: str
-    form: Form = "same"
-
-    def write(self, tensor: "Tensor") -> "Tensor":
-        """Return the pipeline's tensor in the file's form; of a fused tensor, this third."""
-        if self.form == "transposed":
-            return tensor.T
-        if self.form == "convolution" and tensor.ndim == 2:
-            return tensor[:, :, None, None]
-        return tensor
-
-    def read(self, tensor: "Tensor") -> "Tensor":
-        """Return the file's tensor in the pipeline's form."""
-        if self.form == "transposed":
-            return tensor.T
-        if self.form == "convolution" and tensor.ndim == 4:
-            return tensor[:, :, 0, 0]
-        if self.form in THIRDS:
-            return tensor.chunk(3)[THIRDS.index(self.form)]
-        return tensor
-
-
-THIRDS = ("q", "k", "v")
-"""Order of the thirds of a fused tensor."""
 
 
 def places(part: str, config: Mapping[str, Any]) -> Callable[[str], Place | None]:
@@ -183,35 +144,9 @@ def _clip_l(name: str) -> Place | None:
     return None if name == "embeddings.position_ids" else Place(PREFIXES["text_encoder"] + name)
 
 
-_CLIP_G_OUTSIDE: dict[str, tuple[str, Form]] = {
-    "embeddings.position_embedding.weight": ("positional_embedding", "same"),
-    "embeddings.token_embedding.weight": ("token_embedding.weight", "same"),
-    "final_layer_norm.weight": ("ln_final.weight", "same"),
-    "final_layer_norm.bias": ("ln_final.bias", "same"),
-    "text_projection.weight": ("text_projection", "transposed"),
-}
-_CLIP_G_LAYER = {
-    "self_attn.out_proj": "attn.out_proj",
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
-
-
 def _clip_g(name: str) -> Place | None:
-    """Return the place of a tensor of CLIP-G: the file has open_clip's names, with q, k and v in one tensor."""
-    prefix, name = PREFIXES["text_encoder_2"], name.removeprefix("text_model.")
+    """Return the place of a tensor of CLIP-G: the file has open_clip's names."""
+    name = name.removeprefix("text_model.")
     if name == "embeddings.position_ids":
         return None
-    if name in _CLIP_G_OUTSIDE:
-        outside, form = _CLIP_G_OUTSIDE[name]
-        return Place(prefix + outside, form)
-    match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-    if match is None:
-        raise KeyError(name)
-    block = f"{prefix}transformer.resblocks.{match[1]}"
-    third = re.fullmatch(r"self_attn\.([qkv])_proj", match[2])
-    if third:
-        return Place(f"{block}.attn.in_proj_{match[3]}", third[1])  # type: ignore[arg-type]
-    return Place(f"{block}.{_CLIP_G_LAYER[match[2]]}.{match[3]}")
+    return open_clip(name, PREFIXES["text_encoder_2"], OPEN_CLIP_TEXT)

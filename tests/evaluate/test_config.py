@@ -8,6 +8,8 @@ from pydantic import ValidationError
 from koala.demo.attributes import Attributes
 from koala.demo.prompts import ShapesPrompts
 from koala.evaluate.config import EvaluateMachine, SamplingConfig
+from koala.evaluate.metrics.clip_score import ClipScore
+from koala.evaluate.metrics.cmmd import Cmmd
 from koala.evaluate.metrics.fd_dinov2 import FdDinov2
 from koala.evaluate.metrics.psnr import Psnr
 from koala.evaluate.prompt_files import FilePrompts
@@ -49,8 +51,18 @@ def test_resume_key_holds_what_decides_the_images(make_config) -> None:
     assert make_config(prompts=ShapesPrompts()).resume_key() == key
 
 
-def test_no_rule_can_name_a_figure_of_all_images(make_config) -> None:
-    """It has no interval by which a rule could judge it."""
-    config = make_config(metrics=(FdDinov2(model="m", revision="r"), Psnr()))
-    assert config.scores() == ("agreement_db",)
+def test_no_rule_can_name_a_figure_without_an_interval(make_config) -> None:
+    cmmd, fd = Cmmd(model="m", revision="r"), FdDinov2(model="m", revision="r")
+    config = make_config(metrics=(cmmd, fd, Psnr()))
+    assert config.scores() == ("cmmd", "agreement_db")
     assert "fd_dinov2" in config.columns()
+
+
+def test_a_column_names_the_model_and_the_count(make_config) -> None:
+    metrics = (ClipScore(model="openai/clip-vit", revision="r"), FdDinov2(model="../models/dino", revision="r"), Psnr())
+    labels = {name: column.label for name, column in make_config(metrics=metrics, count=7).columns().items()}
+    assert labels == {
+        "clip_score": "CLIP score (clip-vit)",
+        "fd_dinov2": "FD to teacher (dino, 7 images)",
+        "agreement_db": "PSNR to teacher",
+    }

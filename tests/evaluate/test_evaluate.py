@@ -6,6 +6,7 @@ import shutil
 import weakref
 from itertools import combinations
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from koala.evaluate import cost
 from koala.evaluate import evaluate as module
 from koala.evaluate.evaluate import evaluate
 from koala.evaluate.images import image_file
-from koala.evaluate.metrics.base import Metric
+from koala.evaluate.metrics.base import Column, Metric, SetFigure
 from koala.evaluate.metrics.psnr import Psnr
 from koala.evaluate.prompts import seeded_prompts
+from koala.publish.gate import Requirement, judge
 from koala.run import STATE, NoRun
 
 
@@ -201,6 +203,30 @@ def test_a_metric_gives_a_number_for_each_image(judged, make_config, tmp_path, v
 
     with pytest.raises(KoalaError, match=line):
         evaluate(make_config(metrics=(Odd(),)), **judged, out=tmp_path / "evaluation", run=NoRun())
+
+
+def test_a_figure_of_all_images_has_an_interval_where_it_has_draws(judged, make_config, tmp_path) -> None:
+    class Sets(Metric):
+        kind: str = "sets"
+        columns: ClassVar = {"drawn": Column("drawn", "{:.1f}"), "bare": Column("bare", "{:.1f}", interval=False)}
+
+        def measure_set(self, images, prompts, reference):
+            if reference is None:
+                return {}
+            return {"drawn": SetFigure(5.0, np.linspace(4, 6, 101)), "bare": SetFigure(7.0)}
+
+    out = tmp_path / "evaluation"
+    evaluate(make_config(metrics=(Sets(),)), **judged, out=out, run=NoRun())
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (metrics["after"]["drawn"], metrics["after"]["bare"]) == (5, 7)
+    assert "drawn" not in metrics["teacher"]
+    low, high = metrics["intervals"]["after"]["drawn"]
+    assert 4 <= low < 5 < high <= 6
+    assert set(metrics["intervals"]["after"]) == set(metrics["bounds"]) == {"drawn"}
+    assert f"5.0 ({low:.1f}-{high:.1f})" in (out / "summary.md").read_text()
+    assert [verdict.bound for verdict in judge(metrics, [Requirement(metric="drawn", at_most=5.5)])] == [
+        metrics["bounds"]["drawn"][1]
+    ]
 
 
 def test_a_reference_of_other_prompts_is_refused_before_any_work(judged, make_config, tmp_path, monkeypatch) -> None:

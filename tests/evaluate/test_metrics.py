@@ -1,6 +1,10 @@
 """Metrics against values worked out by hand."""
 
+import gc
 import shutil
+import weakref
+from http.server import BaseHTTPRequestHandler
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +15,18 @@ from koala.demo import shapes
 from koala.demo.attributes import Attributes, attribute_accuracy
 from koala.demo.prompts import ShapesPrompts
 from koala.errors import KoalaError
-from koala.evaluate.extractors import Clip, Questions, forget
+from koala.evaluate import extractors
+from koala.evaluate.extractors import Clip, clip, dino, forget, questions
 from koala.evaluate.metrics.b_vqa import BVqa
 from koala.evaluate.metrics.clip_score import ClipScore
 from koala.evaluate.metrics.cmmd import Cmmd, discrepancy
 from koala.evaluate.metrics.dino_cosine import DinoCosine
 from koala.evaluate.metrics.fd_dinov2 import FdDinov2, frechet_distance
+from koala.evaluate.metrics.hps_v21 import HpsV21
 from koala.evaluate.metrics.pick_score import PickScore
 from koala.evaluate.metrics.psnr import Psnr, agreement
 from koala.evaluate.prompts import Prompt, seeded_prompts
+from koala.evaluate.statistics import Resamples
 
 
 def test_attribute_accuracy_counts_each_attribute_and_all_of_them() -> None:
@@ -100,12 +107,12 @@ def test_clip_embeds_in_batches_as_it_does_one_by_one(tiny_clip) -> None:
     prompts = seeded_prompts(ShapesPrompts(), 40, 0)
     texts = [prompt.text for prompt in prompts]
     images = [shapes.draw(shapes.sample_scene(0, index), 32) for index in range(40)]
-    clip = Clip(str(tiny_clip), "main")
-    vectors, text_vectors = clip.images(images), clip.texts(texts)
+    extractor = clip(str(tiny_clip), "main")
+    vectors, text_vectors = extractor.images(images), extractor.texts(texts)
     assert vectors.shape == text_vectors.shape == (40, 8)
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(40), abs=1e-5)
-    assert vectors[35] == pytest.approx(clip.images(images[35:36])[0], abs=1e-5)
-    assert text_vectors[35] == pytest.approx(clip.texts(texts[35:36])[0], abs=1e-5)
+    assert vectors[35] == pytest.approx(extractor.images(images[35:36])[0], abs=1e-5)
+    assert text_vectors[35] == pytest.approx(extractor.texts(texts[35:36])[0], abs=1e-5)
     expected = 100 * np.clip((vectors * text_vectors).sum(axis=1), 0, None)
     score = ClipScore(model=str(tiny_clip), revision="main").measure(images, prompts, None)
     assert score == {"clip_score": pytest.approx(expected, abs=1e-4)}
@@ -123,11 +130,11 @@ def test_pick_score_is_the_cosine_by_the_models_own_scale(tiny_clip, drawn, monk
 
     images, prompts = drawn
     metric = PickScore(model=str(tiny_clip), revision="main")
-    clip = Clip(str(tiny_clip), "main")
-    cosines = (clip.images(images) * clip.texts([prompt.text for prompt in prompts])).sum(axis=1)
+    extractor = clip(str(tiny_clip), "main")
+    cosines = (extractor.images(images) * extractor.texts([prompt.text for prompt in prompts])).sum(axis=1)
     assert metric.measure(images, prompts, None)["pick_score"] == pytest.approx(np.exp(2.6592) * cosines, abs=1e-3)
     with torch.no_grad():
-        clip._model.logit_scale.fill_(1.0)  # the model that `load` keeps
+        extractor._model.logit_scale.fill_(1.0)  # the model that is held
     assert metric.measure(images, prompts, None)["pick_score"] == pytest.approx(np.exp(1) * cosines, abs=1e-3)
     forget()
 
@@ -189,11 +196,28 @@ def test_the_frechet_distance_of_known_gaussians() -> None:
 
 
 def test_the_discrepancy_of_known_vectors() -> None:
-    one, other = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[-1.0, 0.0]])
+    one, other = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[-1.0, 0.0], [0.0, 1.0]])
     near, far = np.exp(-2 / 200), np.exp(-4 / 200)
-    expected = 1000 * ((2 + 2 * near) / 4 + 1 - 2 * (far + near) / 2)
-    assert discrepancy(one, other) == pytest.approx(expected, rel=1e-9)
-    assert discrepancy(one, one) == pytest.approx(0, abs=1e-9)
+    expected = 1000 * ((2 + 2 * near) / 4 + (2 + 2 * near) / 4 - 2 * (far + 2 * near + 1) / 4)
+    assert discrepancy(one, other, ["a", "b"]).value == pytest.approx(expected, rel=1e-5)
+    assert discrepancy(one, one, ["a", "b"]).value == pytest.approx(0, abs=1e-6)
+
+
+def test_the_discrepancy_of_resamples_is_that_of_their_images(monkeypatch) -> None:
+    """Three prompts, one of two images: each draw, but for the centring, is the figure of the vectors that it repeats."""
+    random = np.random.default_rng(0)
+    one, other = (vectors / np.linalg.norm(vectors, axis=1)[:, None] for vectors in random.normal(size=(2, 4, 5)))
+    prompts = ["a", "b", "a", "c"]
+    monkeypatch.setattr("koala.evaluate.metrics.cmmd._ROWS", 3)  # in blocks
+    found = discrepancy(one, other, prompts)
+    drawn = []
+    for times in np.concatenate(list(Resamples(prompts).draws(1000))):
+        rows = np.repeat(np.arange(4), times[[0, 1, 0, 2]])
+        a, b = one[rows], other[rows]
+        kernels = [np.exp(-((x[:, None] - y[None]) ** 2).sum(axis=2) / 200).mean() for x, y in ((a, a), (b, b), (a, b))]
+        drawn.append(1000 * (kernels[0] + kernels[1] - 2 * kernels[2]))
+    assert found.draws == pytest.approx(drawn - np.mean(drawn) + found.value, rel=1e-4)
+    assert np.mean(found.draws) == pytest.approx(found.value)
 
 
 def test_sets_are_compared_with_the_teachers(tiny_dino, tiny_clip, drawn) -> None:
@@ -204,9 +228,116 @@ def test_sets_are_compared_with_the_teachers(tiny_dino, tiny_clip, drawn) -> Non
     ):
         assert metric.measure(images, prompts, images) == {}
         assert metric.measure_set(images, prompts, None) == {}
-        assert metric.measure_set(images, prompts, images)[name] == pytest.approx(0, abs=1e-3)
-        assert metric.measure_set(images[:3], prompts[:3], images[3:])[name] > 1e-3
+        assert metric.measure_set(images, prompts, images)[name].value == pytest.approx(0, abs=1e-3)
+        figure = metric.measure_set(images[:3], prompts[:3], images[3:])[name]
+        assert figure.value > 1e-3
+        assert (figure.draws is not None) == metric.columns[name].interval
         forget()
+
+
+def test_one_model_is_held_and_an_image_is_embedded_once(tiny_dino, tiny_clip, drawn, monkeypatch) -> None:
+    images, prompts = drawn
+    other = images[::-1]
+    forget()
+    loaded, embedded = [], []
+    load, tokens = extractors._load, extractors.Dino._class_tokens
+    monkeypatch.setattr(extractors, "_load", lambda *asked: (loaded.append(asked[0]), load(*asked))[1])
+    monkeypatch.setattr(
+        extractors.Dino, "_class_tokens", lambda self, batch: (embedded.append(len(batch)), tokens(self, batch))[1]
+    )
+    for metric in (DinoCosine(model=tiny_dino, revision="main"), FdDinov2(model=tiny_dino, revision="main")):
+        for reference in (None, images):
+            metric.measure(other, prompts, reference)
+            metric.measure_set(other, prompts, reference)
+    assert loaded == ["Dinov2Model"]
+    assert embedded == [6, 6]
+    held = weakref.ref(dino(tiny_dino, "main"))
+    clip(str(tiny_clip), "main")
+    gc.collect()
+    assert held() is None
+    forget()
+    assert extractors._held == {}
+
+
+@pytest.fixture(scope="module")
+def tiny_hps(tiny_clip, tmp_path_factory):
+    """The weights of `tiny_clip` under open_clip's names, within a module that holds the model as `model`: written by hand."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    own = load_file(tiny_clip / "model.safetensors")
+    found = {"model.logit_scale": own["logit_scale"]}
+    for tower, prefix in (("text_model", "model."), ("vision_model", "model.visual.")):
+        layer, block = f"{tower}.encoder.layers.0", f"{prefix}transformer.resblocks.0"
+        for kind in ("weight", "bias"):
+            thirds = [own[f"{layer}.self_attn.{each}_proj.{kind}"] for each in "qkv"]
+            found[f"{block}.attn.in_proj_{kind}"] = torch.cat(thirds)
+            found[f"{block}.attn.out_proj.{kind}"] = own[f"{layer}.self_attn.out_proj.{kind}"]
+            found[f"{block}.ln_1.{kind}"] = own[f"{layer}.layer_norm1.{kind}"]
+            found[f"{block}.ln_2.{kind}"] = own[f"{layer}.layer_norm2.{kind}"]
+            found[f"{block}.mlp.c_fc.{kind}"] = own[f"{layer}.mlp.fc1.{kind}"]
+            found[f"{block}.mlp.c_proj.{kind}"] = own[f"{layer}.mlp.fc2.{kind}"]
+    for kind in ("weight", "bias"):
+        found[f"model.ln_final.{kind}"] = own[f"text_model.final_layer_norm.{kind}"]
+        found[f"model.visual.ln_pre.{kind}"] = own[f"vision_model.pre_layrnorm.{kind}"]
+        found[f"model.visual.ln_post.{kind}"] = own[f"vision_model.post_layernorm.{kind}"]
+    text, vision = "text_model.embeddings", "vision_model.embeddings"
+    found["model.token_embedding.weight"] = own[f"{text}.token_embedding.weight"]
+    found["model.positional_embedding"] = own[f"{text}.position_embedding.weight"]
+    found["model.text_projection"] = own["text_projection.weight"].T.contiguous()
+    found["model.visual.class_embedding"] = own[f"{vision}.class_embedding"]
+    found["model.visual.conv1.weight"] = own[f"{vision}.patch_embedding.weight"]
+    found["model.visual.positional_embedding"] = own[f"{vision}.position_embedding.weight"]
+    found["model.visual.proj"] = own["visual_projection.weight"].T.contiguous()
+    folder = tmp_path_factory.mktemp("hps")
+    save_file(found, folder / "model.safetensors")
+    return folder
+
+
+def hps(folder: Path, base: Path) -> HpsV21:
+    return HpsV21(model=str(folder), revision="main", base=str(base), base_revision="main")
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_hps_is_the_cosine_by_weights_under_open_clips_names(tiny_hps, tiny_clip, tmp_path, drawn, prefix) -> None:
+    from safetensors.torch import load_file, save_file
+
+    images, prompts = drawn
+    tensors = load_file(tiny_hps / "model.safetensors")
+    save_file({prefix + name.removeprefix("model."): tensors[name] for name in tensors}, tmp_path / "model.safetensors")
+    cosines = clip(str(tiny_clip), "main").cosines(images, [prompt.text for prompt in prompts])
+    found = hps(tmp_path, tiny_clip).measure(images, prompts, None)["hps_v21"]
+    assert found == pytest.approx(100 * cosines, abs=1e-4)
+    assert min(found) < 0  # it has no floor
+    forget()
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            lambda tensors: tensors.pop("model.ln_final.bias"),
+            "1 tensors are missing or unknown, model.ln_final.bias among",
+        ),
+        (
+            lambda tensors: tensors.update(extra=tensors["model.logit_scale"].clone()),
+            "1 tensors are missing or unknown, extra",
+        ),
+        (
+            lambda tensors: tensors.update({"model.visual.proj": tensors["model.visual.proj"][:3].contiguous()}),
+            r"model.visual.proj has the shape \(3, 8\)",
+        ),
+    ],
+)
+def test_every_tensor_of_hps_has_its_place(tiny_hps, tiny_clip, tmp_path, drawn, change, line) -> None:
+    from safetensors.torch import load_file, save_file
+
+    images, prompts = drawn
+    tensors = load_file(tiny_hps / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(KoalaError, match=line):
+        hps(tmp_path, tiny_clip).measure(images, prompts, None)
 
 
 @pytest.fixture(scope="module")
@@ -243,11 +374,16 @@ def test_b_vqa_is_the_product_of_yes_over_the_chunks(tiny_blip, drawn) -> None:
     from transformers import BlipForQuestionAnswering, BlipProcessor
 
     images, _ = drawn
-    questions = Questions(tiny_blip, "main")
-    one, other = questions.yes(images[0], ["a red circle?", "a small?"])
+    extractor = questions(tiny_blip, "main")
+    (one, other), _ = extractor.yes(images[:2], [["a red circle?", "a small?"], ["a small?"]])
     assert 0 < one < 1
-    # Padding beside a longer question must not change an answer.
-    assert questions.yes(images[0], ["a small?"])[0] == pytest.approx(other, abs=1e-5)
+    # Neither padding beside a longer question nor the other images of a batch must change an answer.
+    assert extractor.yes(images[:1], [["a small?"]]) == [pytest.approx([other], abs=1e-5)]
+    asked = [["a small?"], ["a red circle?", "a red?"]] * 6
+    batches = extractor.yes((images * 2), asked)
+    singly = [extractor.yes([image], [each])[0] for image, each in zip(images * 2, asked, strict=True)]
+    assert [len(each) for each in batches] == [1, 2] * 6
+    assert list(chain(*batches)) == pytest.approx(list(chain(*singly)), abs=1e-5)
     # By the model's own forward pass for training, whose loss holds the same first word.
     processor = BlipProcessor.from_pretrained(tiny_blip)
     model = BlipForQuestionAnswering.from_pretrained(tiny_blip).eval()
@@ -267,11 +403,66 @@ def test_b_vqa_is_the_product_of_yes_over_the_chunks(tiny_blip, drawn) -> None:
     forget()
 
 
-@pytest.mark.parametrize("kind", [ClipScore, PickScore, BVqa, DinoCosine])
+@pytest.mark.parametrize("kind", [ClipScore, PickScore, BVqa, DinoCosine, HpsV21])
 def test_a_model_that_cannot_be_had_is_said_in_one_line(kind, tmp_path, drawn) -> None:
     images, prompts = drawn
-    with pytest.raises(KoalaError, match=r"cannot load .* at abc as a \w+ for evaluate\.metrics \(OSError\): check"):
-        kind(model=str(tmp_path), revision="abc").measure(images, prompts, images)
+    base = {"base": str(tmp_path), "base_revision": "abc"} if kind is HpsV21 else {}
+    with pytest.raises(
+        KoalaError, match=r"cannot load .* at abc as a \w+ for evaluate\.metrics \((OSError|ValueError)\): check"
+    ) as error:
+        kind(model=str(tmp_path), revision="abc", **base).measure(images, prompts, images)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda tensors: {}, r"it lacks \d+ tensors, embeddings"),
+        (lambda tensors: {**tensors, "layernorm.bias": tensors["layernorm.bias"][:3].contiguous()}, "RuntimeError"),
+        (None, "SafetensorError"),
+    ],
+)
+def test_weights_of_another_model_are_not_filled_up(tiny_dino, tmp_path, drawn, spoil, reason) -> None:
+    """transformers would leave missing tensors at random, and the scores with them."""
+    from safetensors.torch import load_file, save_file
+
+    images, prompts = drawn
+    folder = Path(shutil.copytree(tiny_dino, tmp_path / "other"))
+    file = folder / "model.safetensors"
+    if spoil:
+        save_file(spoil(load_file(file)), file, {"format": "pt"})
+    else:
+        file.write_bytes(b"no safetensors")
+    with pytest.raises(KoalaError, match=rf"as a Dinov2Model for evaluate\.metrics \({reason}"):
+        DinoCosine(model=str(folder), revision="main").measure(images, prompts, images)
+
+
+def test_a_revision_that_the_hub_lacks_is_said_in_one_line(as_hub, tmp_path, monkeypatch, drawn) -> None:
+    """Over HTTP: the revision that is named is the one that is asked for."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RevisionNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_) -> None:
+            pass
+
+    as_hub(Hub)
+    images, prompts = drawn
+    with pytest.raises(KoalaError, match=r"cannot load owner/dino at abc as a Dinov2Model .* \(OSError\)"):
+        DinoCosine(model="owner/dino", revision="abc").measure(images, prompts, images)
+    assert {path.split("/")[4] for path in asked if "/resolve/" in path} == {"abc"}
 
 
 def test_pickled_weights_are_not_read(tiny_dino, tmp_path, drawn) -> None:

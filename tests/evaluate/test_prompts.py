@@ -40,6 +40,24 @@ def test_categories_take_turns() -> None:
     assert prompts[1] == Prompt("b1", 6, "b", ("a chunk",))
 
 
+def test_a_sample_of_a_set_depends_on_its_prompts_only(tmp_path) -> None:
+    """Not on their order, nor on prompts that are added but for those whose place they take."""
+
+    def sample(rows: list[tuple[str, str]], count: int) -> list[str]:
+        file = tmp_path / "prompts.jsonl"
+        file.write_text("".join(json.dumps({"prompt": text, "category": name}) + "\n" for text, name in rows))
+        return [prompt.text for prompt in seeded_prompts(FilePrompts(path=file), count, 0)]
+
+    rows = [(f"{name} {number}", name) for name in "ab" for number in range(50)]
+    found = sample(rows, 20)
+    assert [text[0] for text in found] == ["a", "b"] * 10
+    assert found[::2] != [f"a {number}" for number in range(10)]  # not the first
+    assert sample([rows[0], *reversed(rows[1:])], 20) == found
+    assert sample(rows, 30)[:20] == found
+    assert len(set(found) - set(sample([*rows, ("a fox", "a"), ("b fox", "b")], 20))) <= 2
+    assert sample(rows, 100)[:2] == ["a 0", "b 0"]  # all: as they stand in the file
+
+
 def test_the_projects_own_set() -> None:
     """Seven categories of 72 prompts, each prompt once, with noun chunks that stand in it."""
     prompts = OWN.load()
@@ -91,6 +109,15 @@ def test_the_files_of_a_folder_are_categories(tmp_path) -> None:
         Written("a blue ship", "color_val"),
         Written("a fox on a ship", "spatial_val"),
     ]
+    assert FilePrompts(path=tmp_path / "c*_val.txt").load() == [
+        Written("a red fox"),
+        Written("a blue ship"),
+    ]
+    (tmp_path / "color_train.txt").write_text("a green fox")
+    own = FilePrompts(path=tmp_path / "*_val.txt").load()
+    assert {written.category for written in own} == {"color_val", "spatial_val"}
+    with pytest.raises(KoalaError, match=r"none\*\.txt, which is not there"):
+        FilePrompts(path=tmp_path / "none*.txt").load()
 
 
 @pytest.mark.parametrize(

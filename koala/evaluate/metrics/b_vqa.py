@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from koala.evaluate.extractors import Questions
+from koala.evaluate.extractors import questions
 from koala.evaluate.metrics.base import Column, ModelMetric
 from koala.evaluate.prompts import Prompt, PromptSet
 
@@ -31,9 +31,6 @@ class BVqa(ModelMetric):
         self, images: "Sequence[Image]", prompts: Sequence[Prompt], reference: "Sequence[Image] | None"
     ) -> dict[str, list[float]]:
         """Return `b_vqa`; a prompt without chunks is asked about as a whole. Raises KoalaError where the model cannot be loaded."""
-        questions = Questions(self.model, self.revision)
-        values = []
-        for number, prompt in enumerate(prompts):
-            asked = [f"{chunk}?" for chunk in (prompt.chunks or (prompt.text,))[:_MOST]]
-            values.append(math.prod(questions.yes(images[number], asked)))
-        return {"b_vqa": values}
+        asked = [[f"{chunk}?" for chunk in (prompt.chunks or (prompt.text,))[:_MOST]] for prompt in prompts]
+        answers = questions(self.model, self.revision).yes(images, asked)
+        return {"b_vqa": list(map(math.prod, answers))}

@@ -3,12 +3,14 @@
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, ClassVar
 
 from koala.config import Config
 from koala.evaluate.prompts import Prompt, PromptSet
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
@@ -18,7 +20,7 @@ class Column:
     """A measured value's column in the report's table."""
 
     label: str
-    """Heading of the column."""
+    """Heading of the column. `{model}` stands for the metric's model, `{count}` for the number of images."""
 
     format: str
     """Format string of a value, such as `{:.1%}`."""
@@ -29,12 +31,21 @@ class Column:
     yes_no: bool = False
     """Whether an image's value is 0 or 1."""
 
-    of_set: bool = False
-    """Whether it is one figure of all images together. It has no interval: a rule of the gate cannot name it."""
+    interval: bool = True
+    """Whether it has an interval. A rule of the gate cannot name a figure without one."""
 
     spread: float | None = None
     """Of other values, assumed: the standard deviation, over prompts, of a good student's value less its teacher's, as a share
     of the teacher's mean. By it a rule of the gate knows how many prompts it needs; None: it is not known."""
+
+
+@dataclass(frozen=True)
+class SetFigure:
+    """One figure of all of a model's images together."""
+
+    value: float
+    draws: "np.ndarray | None" = None
+    """The figure over resamples of the prompts, by which its interval is found; None: it has none."""
 
 
 class Metric(Config, ABC):
@@ -45,6 +56,11 @@ class Metric(Config, ABC):
 
     kind: str
     """Name of the kind."""
+
+    @property
+    def model_name(self) -> str:
+        """The name of the metric's model, without its owner or folder; empty where it has none."""
+        return ""
 
     def check(self, prompts: PromptSet) -> None:
         """Raise ValueError where the metric cannot be computed on images of `prompts`."""
@@ -70,8 +86,8 @@ class Metric(Config, ABC):
 
     def measure_set(
         self, images: "Sequence[Image]", prompts: Sequence[Prompt], reference: "Sequence[Image] | None"
-    ) -> Mapping[str, float]:
-        """Measure one model's images together. Arguments as of `measure`. Return figures by the names of `of_set` columns."""
+    ) -> Mapping[str, SetFigure]:
+        """Measure one model's images together. Arguments as of `measure`. Return figures by the names of their columns."""
         return {}
 
     def plots(self, measured: Mapping[str, Mapping[str, float]]) -> "dict[str, Figure]":
@@ -87,3 +103,8 @@ class ModelMetric(Metric):
 
     revision: str
     """The Hub commit of the model, pinned so that scores stay comparable."""
+
+    @property
+    def model_name(self) -> str:
+        """The name of the metric's model, without its owner or folder."""
+        return PurePath(self.model).name

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from koala.evaluate.extractors import Clip
+from koala.evaluate.extractors import clip
 from koala.evaluate.metrics.base import Column, ModelMetric
 from koala.evaluate.prompts import Prompt
 
@@ -17,7 +17,7 @@ class ClipScore(ModelMetric):
     # The spread is the one at which 100 prompts see a loss of 2 % with a power of 0.80, and 200 with 0.97. It is assumed:
     # measure it on a student of yours, and state that.
     columns: ClassVar[Mapping[str, Column]] = {
-        "clip_score": Column("CLIP score", "{:.2f}", of_teacher=True, spread=0.08)
+        "clip_score": Column("CLIP score ({model})", "{:.2f}", of_teacher=True, spread=0.08)
     }
 
     kind: Literal["clip_score"] = "clip_score"
@@ -27,6 +27,5 @@ class ClipScore(ModelMetric):
         self, images: "Sequence[Image]", prompts: Sequence[Prompt], reference: "Sequence[Image] | None"
     ) -> dict[str, list[float]]:
         """Return `clip_score`. Raises KoalaError where the CLIP model cannot be loaded."""
-        clip = Clip(self.model, self.revision)
-        cosines = (clip.images(images) * clip.texts([prompt.text for prompt in prompts])).sum(axis=1)
+        cosines = clip(self.model, self.revision).cosines(images, [prompt.text for prompt in prompts])
         return {"clip_score": (100 * cosines.clip(0, None)).tolist()}

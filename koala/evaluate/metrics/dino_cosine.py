@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from koala.evaluate.extractors import Dino
+from koala.evaluate.extractors import dino
 from koala.evaluate.metrics.base import Column, ModelMetric
 from koala.evaluate.prompts import Prompt
 
@@ -27,7 +27,7 @@ class DinoCosine(ModelMetric):
             return {}
         import numpy as np
 
-        dino = Dino(self.model, self.revision)
-        ours, theirs = dino.images(images), dino.images(reference)
+        extractor = dino(self.model, self.revision)
+        ours, theirs = extractor.images(images), extractor.images(reference)
         lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
         return {"dino_cosine": ((ours * theirs).sum(axis=1) / lengths).tolist()}

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from koala.evaluate.extractors import Dino
-from koala.evaluate.metrics.base import Column, ModelMetric
+from koala.evaluate.extractors import dino
+from koala.evaluate.metrics.base import Column, ModelMetric, SetFigure
 from koala.evaluate.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -15,22 +15,25 @@ if TYPE_CHECKING:
 class FdDinov2(ModelMetric):
     """The Frechet distance of DINOv2's features to the teacher's images of the same prompts: `fd_dinov2` (Stein et al. 2023).
 
-    It falls with the number of images: compare it at one count only.
+    It falls with the number of images: compare it at one count only. It has no interval, since a resample, which repeats
+    images, has the distance of fewer.
     """
 
-    columns: ClassVar[Mapping[str, Column]] = {"fd_dinov2": Column("FD-DINOv2 to teacher", "{:.1f}", of_set=True)}
+    columns: ClassVar[Mapping[str, Column]] = {
+        "fd_dinov2": Column("FD to teacher ({model}, {count} images)", "{:.1f}", interval=False)
+    }
 
     kind: Literal["fd_dinov2"] = "fd_dinov2"
     """Name of the kind."""
 
     def measure_set(
         self, images: "Sequence[Image]", prompts: Sequence[Prompt], reference: "Sequence[Image] | None"
-    ) -> dict[str, float]:
+    ) -> dict[str, SetFigure]:
         """Return `fd_dinov2`, or nothing for the teacher itself. Raises KoalaError where the model cannot be loaded."""
         if reference is None:
             return {}
-        dino = Dino(self.model, self.revision)
-        return {"fd_dinov2": frechet_distance(dino.images(images), dino.images(reference))}
+        extractor = dino(self.model, self.revision)
+        return {"fd_dinov2": SetFigure(frechet_distance(extractor.images(images), extractor.images(reference)))}
 
 
 def frechet_distance(one: "np.ndarray", other: "np.ndarray") -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from koala.evaluate.extractors import Clip
+from koala.evaluate.extractors import clip
 from koala.evaluate.metrics.base import Column, ModelMetric
 from koala.evaluate.prompts import Prompt
 
@@ -26,6 +26,6 @@ class PickScore(ModelMetric):
         self, images: "Sequence[Image]", prompts: Sequence[Prompt], reference: "Sequence[Image] | None"
     ) -> dict[str, list[float]]:
         """Return `pick_score`. Raises KoalaError where the model cannot be loaded."""
-        clip = Clip(self.model, self.revision)
-        cosines = (clip.images(images) * clip.texts([prompt.text for prompt in prompts])).sum(axis=1)
-        return {"pick_score": (clip.scale * cosines).tolist()}
+        extractor = clip(self.model, self.revision)
+        cosines = extractor.cosines(images, [prompt.text for prompt in prompts])
+        return {"pick_score": (extractor.scale * cosines).tolist()}
