@@ -67,7 +67,8 @@ def test_the_projects_own_set() -> None:
     assert len({prompt.text for prompt in prompts}) == 504
     for prompt in prompts:
         assert 1 <= len(prompt.chunks) <= 8, prompt
-        assert all(chunk in prompt.text for chunk in prompt.chunks if prompt.category != "styles"), prompt
+        assert all(chunk in prompt.text for chunk in prompt.chunks), prompt
+        assert not {"a", "an", "the"} & set(prompt.chunks), prompt
         assert prompt.text == prompt.text.strip()
         assert prompt.text.isprintable()
     assert Counter(prompt.category for prompt in seeded_prompts(OWN, 70, 0)).most_common()[-1][1] == 10
