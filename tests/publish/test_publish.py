@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 
 from koala import generate
@@ -111,6 +112,9 @@ def test_a_release_generates_what_the_student_generated(folders, tmp_path, recor
 def test_a_release_loads_as_one_dtype_whoever_asks_for_none(folders, tmp_path) -> None:
     from diffusers import StableDiffusionXLPipeline
 
+    file = folders["distilled"] / "text_encoder" / "config.json"
+    values = {name: value for name, value in json.loads(file.read_text()).items() if name != "dtype"}
+    file.write_text(json.dumps(values | {"torch_dtype": "float16"}))  # as the Hub's encoders have it
     publish(CONFIG, **folders, out=tmp_path / "release", run=NoRun())
     for asked, found in ((None, torch.float32), (torch.float16, torch.float16)):
         pipeline = StableDiffusionXLPipeline.from_pretrained(
@@ -313,6 +317,20 @@ def test_the_receipt_says_where_the_release_went(folders, tmp_path) -> None:
     made = {path.relative_to(tmp_path / "release").as_posix() for path in (tmp_path / "release").rglob("*")}
     assert sent == made - {"receipt.json"} | {"manifest.json"}
     assert config.recipe()["targets"] == [{"kind": "folder", "path": str(tmp_path / "shared")}]
+
+
+def test_a_release_published_again_beside_itself_as_champion_is_the_same_version(folders, tmp_path) -> None:
+    Image.new("RGB", (32, 32)).save(folders["evaluation"] / "samples" / "000000.png")
+    rule = Requirement(metric="attributes/all", of="champion", at_least=1)
+    targets = (FolderTarget(path=tmp_path / "shared"),)
+    config = PublishConfig(license="apache-2.0", require=(rule, CONFIG.require[1]), targets=targets)
+    release = tmp_path / "release"
+    for value in (None, 1.0):  # none to beat, then itself
+        publish(config, **folders, out=release, run=NoRun())
+        receipt = json.loads((release / "receipt.json").read_text())
+        assert receipt["rules"][0]["value"] == value
+        assert receipt["targets"][0]["version"] == "v1"
+    assert [each["of"] for each in json.loads((release / "gate.json").read_text())["rules"]] == ["teacher"]
 
 
 def test_what_one_target_lacks_is_said_and_completed_by_publishing_again(
