@@ -56,9 +56,9 @@ stages:
 PARAMS = "profile: demo\nmachine: toaster\nstudents: {koala-a: {x: 1}, koala-b: {x: 2}}\n"
 
 METRICS = {
-    "teacher": {"unet_parameters": 6.0, "attributes": {"all": 0.9}},
-    "before": {"unet_parameters": 2.0, "attributes": {"all": 0.1}},
-    "after": {"unet_parameters": 2.0, "attributes": {"all": 0.8}},
+    "teacher": {"unet_parameters": 6.0, "attributes/all": 0.9},
+    "before": {"unet_parameters": 2.0, "attributes/all": 0.1},
+    "after": {"unet_parameters": 2.0, "attributes/all": 0.8},
     "size_of_teacher": 0.33,
 }
 

@@ -144,7 +144,7 @@ def test_both_runs_are_named_after_student_and_commit(
 
 def test_the_parent_run_compares_with_another_students(finished: Finished, mlflow_store: str) -> None:
     (run,) = mlflow_runs(mlflow_store, finished.id)
-    assert run.data.metrics == {"unet_parameters": 2.0, "attributes.all": 0.8, "size_of_teacher": 0.33}
+    assert run.data.metrics == {"unet_parameters": 2.0, "attributes/all": 0.8, "size_of_teacher": 0.33}
     assert run.data.params == {
         "student": "koala-a",
         "profile": "demo",
@@ -156,7 +156,7 @@ def test_the_parent_run_compares_with_another_students(finished: Finished, mlflo
         .get_experiment_by_name("koala-demo")
         .tags["mlflow.sharedViewState.koala"]
     )
-    assert "metrics.`attributes.all`" in view  # the list of runs shows it
+    assert "metrics.`attributes/all`" in view  # the list of runs shows it
 
 
 def test_a_failure_says_what_the_stage_said_and_stops_there(here: Path, mlflow_store: str) -> None:
