@@ -10,6 +10,7 @@ from pathlib import Path
 import boto3
 import pytest
 from pydantic import ValidationError
+from seaweed import KEY, SECRET, seaweed
 
 from koala.errors import KoalaError
 from koala.publish.targets import s3 as module
@@ -88,18 +89,40 @@ class _Forward(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def proxy(s3_server: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    proxy = Proxy(s3_server)
+@pytest.fixture(scope="session")
+def on_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """An S3 server that verifies signatures."""
+    with seaweed(tmp_path_factory.mktemp("seaweed")) as server:
+        yield server
+
+
+@pytest.fixture(params=["moto", "seaweedfs"])
+def proxy(
+    request: pytest.FixtureRequest, s3_server: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Proxy]:
+    """A proxy before an S3 server with an empty bucket `models`."""
+    proxy = Proxy(s3_server if request.param == "moto" else request.getfixturevalue("on_disk"))
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
     monkeypatch.setattr(module, "PART_BYTES", PART)
     boto3.client("s3").create_bucket(Bucket="models")
     yield proxy
+    proxy.fault = lambda method, path: None
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    _remove("models")
     proxy.shutdown()
     thread.join()
     proxy.server_close()
+
+
+def _remove(bucket: str) -> None:
+    for upload in boto3.client("s3").list_multipart_uploads(Bucket=bucket).get("Uploads", ()):
+        boto3.client("s3").abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+    everything = boto3.resource("s3").Bucket(bucket)
+    everything.objects.delete()
+    everything.delete()
 
 
 @pytest.fixture
@@ -227,7 +250,7 @@ def test_a_broken_upload_leaves_no_release_and_resumes(
 
 def test_a_part_that_was_spoilt_on_the_way_is_not_released(release: Path, bucket: S3Target, proxy: Proxy) -> None:
     proxy.fault = lambda method, path: "spoil" if "partNumber=2" in path else None
-    with pytest.raises(KoalaError, match=r"weights.safetensors arrived with another checksum: publish again"):
+    with pytest.raises(KoalaError, match=r"arrived with another checksum: publish again"):
         bucket.send(release, "koala")
     assert not {"releases/koala/latest.json", "releases/koala/v1/unet/weights.safetensors"} & keys()
     proxy.fault = lambda method, path: None
@@ -296,3 +319,19 @@ def test_what_cannot_be_is_one_line(release: Path, bucket: S3Target, forget_cred
     forget_credentials()
     with pytest.raises(KoalaError, match="no credentials for s3://models/releases: set AWS_ACCESS_KEY_ID"):
         bucket.send(release, "koala")
+
+
+def test_a_wrong_key_is_one_line_without_the_key(
+    release: Path, on_disk: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*on_disk))
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for key, secret, line in (
+        (KEY, "another-secret", "the secret key is wrong: check AWS_SECRET_ACCESS_KEY"),
+        ("nobody", SECRET, "the access key is not known there: check AWS_ACCESS_KEY_ID"),
+    ):
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+        with pytest.raises(KoalaError, match=line) as caught:
+            S3Target(location="s3://models/releases").send(release, "koala")
+        assert secret not in str(caught.value)

@@ -307,7 +307,10 @@ def _explained(location: str) -> Iterator[None]:
             f"no credentials for {location}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         ) from None
     except ClientError as error:
+        spoilt = "a part arrived with another checksum: publish again"
         reasons = {
+            "BadDigest": spoilt,
+            "XAmzContentChecksumMismatch": spoilt,
             "NoSuchBucket": "there is no such bucket: create it, or put publish.targets.s3.location right",
             "AccessDenied": "these credentials may not write there: ask for s3:PutObject, s3:GetObject and s3:ListBucket",
             "InvalidAccessKeyId": "the access key is not known there: check AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL",
