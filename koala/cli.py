@@ -5,11 +5,14 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from koala.errors import DISK_FULL, KoalaError
+
+if TYPE_CHECKING:
+    from koala.teacher.config import LoraPart
 
 STAGES, TOOLS = "Stages", "Tools"
 
@@ -30,6 +33,7 @@ QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
 }
 
+MODEL = "a release (koala-700m, koala-700m@v2), a model folder, a .safetensors file, or owner/name of the Hub"
 StudentName = Annotated[str, typer.Argument(metavar="STUDENT", help="a student of params.yaml, such as koala-700m")]
 ProfileName = Annotated[str | None, typer.Option("--profile", help="in place of params.yaml's")]
 MachineName = Annotated[str | None, typer.Option("--machine", help="in place of params.yaml's")]
@@ -155,24 +159,87 @@ def publish(name: StudentName) -> None:
 
 @app.command(rich_help_panel=TOOLS)
 def generate(
-    model: Annotated[str, typer.Argument(help="a model folder, a .safetensors file, or owner/name of the Hub")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     prompt: str,
     seed: Annotated[int, typer.Option(help="of the first image")] = 0,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="images")] = 4,
     compare: Annotated[list[str] | None, typer.Option(help="another model beside it; may be repeated")] = None,
+    negative: Annotated[str | None, typer.Option(help="what the images should not show")] = None,
     steps: Annotated[int, typer.Option(min=1, help="sampling steps")] = 25,
     guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance scale")] = 3.5,
+    height: Annotated[int | None, typer.Option(min=8, help="px; left out, the model's own")] = None,
+    width: Annotated[int | None, typer.Option(min=8, help="px; left out, the model's own")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:WEIGHT]", help="a LoRA for SDXL, or for the model; may be repeated"),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="of a U-Net's file: the model with its other parts")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; left out: float16 on a GPU, float32 on a CPU")
     ] = None,
-    out: Annotated[Path, typer.Option(help="the grid's file")] = Path("generated.png"),
+    out: Annotated[Path, typer.Option(help="the sheet's file")] = Path("generated.png"),
 ) -> None:
     """Generate images with one model, or several side by side."""
     from koala.evaluate.config import SamplingConfig
-    from koala.generate import generate_grid
+    from koala.sheet import Request, generate_sheet
 
     sampling = SamplingConfig(steps=steps, guidance=guidance)
-    generate_grid([model, *(compare or [])], prompt, seed, count, sampling, dtype, out)
+    request = Request(prompt, seed, count, sampling, negative, (height, width))
+    models = [_model(each) for each in (model, *(compare or []))]
+    generate_sheet(models, request, out, list(map(_lora, lora or [])), base and _model(base), dtype)
+
+
+@app.command(rich_help_panel=TOOLS)
+def ui(
+    models: Annotated[list[str], typer.Argument(help=f"one or more, side by side, each {MODEL}")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="of the page, on loopback")] = 7860,
+    steps: Annotated[int, typer.Option(min=1, help="sampling steps at first")] = 25,
+    guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance scale at first")] = 3.5,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:WEIGHT]", help="a LoRA for SDXL, or for the model; may be repeated"),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="of a U-Net's file: the model with its other parts")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16")] = None,
+) -> None:
+    """Open a page that generates with several models side by side."""
+    from koala.evaluate.config import SamplingConfig
+    from koala.ui import serve
+
+    sampling = SamplingConfig(steps=steps, guidance=guidance)
+    serve([_model(each) for each in models], sampling, port, list(map(_lora, lora or [])), base and _model(base), dtype)
+
+
+def _model(name: str) -> str:
+    """Return the folder of a release where `name` is that of a student (`koala-700m`, `koala-700m@v2`), else `name`."""
+    from koala import params as parameters
+
+    student, _, version = name.partition("@")
+    if Path(name).exists() or "/" in name or not parameters.FILE.is_file():
+        return name
+    params = parameters.load()
+    if student not in params.students:
+        return name
+    from koala.publish.releases import folder_of
+
+    return str(folder_of(params.publish.targets, student, version or None))
+
+
+def _lora(text: str) -> "LoraPart":
+    """Read `FILE` or `FILE:WEIGHT`."""
+    from pydantic import ValidationError
+
+    from koala.teacher.config import LoraPart
+
+    file, colon, weight = text.rpartition(":")
+    try:
+        number = float(weight) if colon else None
+    except ValueError:
+        number = None
+    try:
+        return LoraPart(file=Path(text)) if number is None else LoraPart(file=Path(file), weight=number)
+    except ValidationError as error:
+        raise KoalaError(f"--lora {text}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
 @app.command(rich_help_panel=TOOLS)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from koala.console import hide_loading_bars, progress, say
+from koala.console import hide_loading_bars
 from koala.errors import KoalaError
 from koala.evaluate.config import SamplingConfig
 
@@ -60,7 +60,7 @@ def check_model(model: str | Path) -> None:
         raise KoalaError(f"there is no model at {model}: {_EXPECTED}")
 
 
-def load(model: str | Path, dtype: str | None = None) -> "StableDiffusionXLPipeline":
+def load(model: str | Path, dtype: str | None = None, base: str | Path | None = None) -> "StableDiffusionXLPipeline":
     """Load a model folder, a `.safetensors` file of the original layout, or a Hub repository, onto `device()`.
 
     A file that koala released holds its own configurations and tokenizers; any other takes SDXL's, from the Hub.
@@ -68,19 +68,26 @@ def load(model: str | Path, dtype: str | None = None) -> "StableDiffusionXLPipel
     Args:
         model: A path, or `owner/name` of a Hub repository.
         dtype: The weights' type; left out, `default_dtype()`.
+        base: The model whose text encoders, VAE and scheduler a released U-Net's file takes.
 
     Raises:
-        KoalaError: There is no such model, or it holds no safetensors.
+        KoalaError: There is no such model, it holds no safetensors, or a U-Net's file has no `base`.
     """
     check_model(model)
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-    from koala.teacher.embedded import is_embedded, load_pipeline
+    from koala.teacher.embedded import is_embedded, is_unet, load_pipeline, load_unet
 
     hide_loading_bars()
     path = Path(model).expanduser()
     kind = getattr(torch, dtype or default_dtype())
+    if path.is_file() and is_unet(path):
+        if base is None:
+            raise KoalaError(f"{model} is a U-Net: name the model whose text encoders and VAE it takes (--base)")
+        pipeline = load(base, dtype)
+        pipeline.register_modules(unet=load_unet(path, kind).to(device()))
+        return pipeline
     try:
         if path.is_file() and is_embedded(path):
             pipeline = load_pipeline(path, kind)
@@ -102,52 +109,27 @@ def load(model: str | Path, dtype: str | None = None) -> "StableDiffusionXLPipel
 
 
 def generate(
-    pipeline: "StableDiffusionXLPipeline", prompts: Sequence[Seeded], sampling: SamplingConfig
+    pipeline: "StableDiffusionXLPipeline",
+    prompts: Sequence[Seeded],
+    sampling: SamplingConfig,
+    negative: str | None = None,
+    size: tuple[int | None, int | None] = (None, None),
 ) -> "list[Image]":
     """Generate a batch of images, each from its own prompt and seed.
 
     Each image's noise comes from a separate CPU generator, so that an image depends neither on its neighbours in the
-    batch nor on the device.
+    batch nor on the device. `negative` is what guidance leads away from; `size` is height and width in pixels, None for
+    the model's own.
     """
     import torch
 
     images: list[Image] = pipeline(
         [text for text, _ in prompts],
+        negative_prompt=[negative] * len(prompts) if negative else None,
+        height=size[0],
+        width=size[1],
         num_inference_steps=sampling.steps,
         guidance_scale=sampling.guidance,
         generator=[torch.Generator().manual_seed(seed) for _, seed in prompts],
     ).images
     return images
-
-
-def generate_grid(
-    models: Sequence[str], prompt: str, seed: int, count: int, sampling: SamplingConfig, dtype: str | None, out: Path
-) -> None:
-    """Generate `count` images of `prompt`, with seeds from `seed` on, and write them to `out` as one PNG.
-
-    The images of one model stand side by side. Those of several form a grid: seeds down, models across.
-
-    Raises:
-        KoalaError: A model cannot be loaded. All models are looked at before the first is loaded.
-    """
-    for model in models:
-        check_model(model)
-    from koala.plots import grid, tiles
-
-    images = {model: _series(model, prompt, seed, count, sampling, dtype) for model in models}
-    if len(images) == 1:
-        sheet = tiles(images[models[0]], across=min(count, 4))
-    else:
-        sheet = grid([f"{prompt} (seed {seed + number})" for number in range(count)], images)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(out)
-    say(f"{count} image{'s' * (count > 1)} of each model in {out}")
-
-
-def _series(
-    model: str, prompt: str, seed: int, count: int, sampling: SamplingConfig, dtype: str | None
-) -> "list[Image]":
-    """Generate one model's images, one at a time; the model is freed at the end."""
-    pipeline = load(model, dtype)
-    numbers = progress(range(count), f"generate {model}")
-    return [image for number in numbers for image in generate(pipeline, [(prompt, seed + number)], sampling)]

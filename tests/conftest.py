@@ -51,6 +51,7 @@ SLOW = (
     "test_process.py",
     "test_runner.py",
     "test_tracking.py",
+    "test_ui.py",
     "unet/test_cost.py",
 )
 

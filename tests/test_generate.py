@@ -1,13 +1,10 @@
 """Loading models and generating images with them."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from koala import generate
 from koala.errors import KoalaError
@@ -51,30 +48,6 @@ def test_a_name_of_the_hub_passes(tmp_path, monkeypatch) -> None:
     generate.check_model("owner/name.with-dots_and")
 
 
-def test_a_missing_model_is_said_before_torch_is_imported(tmp_path) -> None:
-    code = """
-import sys
-from koala.errors import KoalaError
-from koala.evaluate.config import SamplingConfig
-from koala.generate import generate_grid
-from pathlib import Path
-try:
-    generate_grid(["nowhere"], "x", 0, 1, SamplingConfig(), None, Path("x.png"))
-except KoalaError as error:
-    heavy = [name for name in ("torch", "diffusers", "transformers", "numpy", "PIL") if name in sys.modules]
-    print(error, heavy)
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert result.stdout.startswith("there is no model at nowhere")
-    assert result.stdout.strip().endswith("[]")
-
-
-def test_all_models_are_checked_before_one_is_loaded(tiny_teacher, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(generate, "load", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(KoalaError, match="there is no folder /nowhere/at/all"):
-        generate.generate_grid([str(tiny_teacher), "/nowhere/at/all"], "x", 0, 1, SAMPLING, None, tmp_path / "x.png")
-
-
 @pytest.mark.parametrize(("kind", "dtype"), [("cuda", "float16"), ("cpu", "float32")])
 def test_default_dtype_is_the_devices(monkeypatch, kind, dtype) -> None:
     monkeypatch.setattr(generate, "device", lambda: torch.device(kind))
@@ -108,10 +81,11 @@ def test_an_image_depends_on_its_prompt_and_seed_only(tiny_teacher) -> None:
     assert np.abs(pixels[0] - pixels[1]).max() <= 1 < np.abs(pixels[0] - pixels[2]).max()
 
 
-def test_a_grid_of_one_model_and_of_several(tiny_teacher, tmp_path) -> None:
-    one, two = tmp_path / "new" / "one.png", tmp_path / "two.png"
-    generate.generate_grid([str(tiny_teacher)], "a large red circle", 1, 3, SAMPLING, None, one)
-    assert Image.open(one).size == (3 * 102 + 6, 102 + 6)
-    models = [str(tiny_teacher), f"{tiny_teacher}/"]
-    generate.generate_grid(models, "a large red circle", 1, 2, SAMPLING, None, two)
-    assert Image.open(two).width == 190 + 2 * 102 + 6
+def test_a_negative_prompt_and_a_size_change_the_image(tiny_teacher) -> None:
+    pipeline = generate.load(tiny_teacher, "float32")
+    prompt = [("a large red circle on a white background", 3)]
+    (plain,) = generate.generate(pipeline, prompt, SAMPLING)
+    (negative,) = generate.generate(pipeline, prompt, SAMPLING, "a small blue square on a black background")
+    (sized,) = generate.generate(pipeline, prompt, SAMPLING, size=(48, None))
+    assert np.abs(np.asarray(plain, int) - np.asarray(negative, int)).max() > 1
+    assert sized.size == (plain.width, 48)

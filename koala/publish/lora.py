@@ -97,20 +97,39 @@ def kept(folder: Path, teacher: Mapping[str, Any]) -> tuple[Stage, ...]:
     """
     if (folder / KEPT).is_file():
         return read_stages(folder)
+    return kept_by_shape(read_json(folder / "unet" / "config.json"), teacher, str(folder))
+
+
+def kept_by_shape(student: Mapping[str, Any], teacher: Mapping[str, Any], name: str) -> tuple[Stage, ...]:
+    """Return what the student of a U-Net's configuration keeps of a teacher, as `kept` without kept.json does."""
     own = {stage.path: stage for stage in teacher_stages(teacher)}
     found = []
-    for stage in teacher_stages(read_json(folder / "unet" / "config.json")):
+    for stage in teacher_stages(student):
         whole = own[stage.path].pairs if stage.path in own else ()
         ends = whole[:1] if stage.path.startswith("down") else (*whole[:1], *whole[-1:])
         pairs = next((each for each in (whole, ends) if len(each) == len(stage.pairs)), None)
         if pairs is None:
             raise KoalaError(
-                f"{folder} does not say which of the teacher's pairs its {stage.name} keeps: "
+                f"{name} does not say which of the teacher's pairs its {stage.name} keeps: "
                 f"name its folder among the students or the distilled, which has {KEPT}"
             )
         depths = tuple(own[stage.path].depths[pair] for pair in pairs)
         found.append(Stage(stage.name, stage.path, pairs, stage.depths, depths))
     return tuple(found)
+
+
+def is_for(lora: Path, unet: Mapping[str, Any]) -> bool:
+    """Return whether the U-Net has all modules of a LoRA under the names that it gives them."""
+    from safetensors import SafetensorError, safe_open
+
+    own = renaming(unet, unet, teacher_stages(unet))
+    try:
+        with safe_open(lora, "pt") as opened:
+            return all(own(name) for name in opened.keys())  # noqa: SIM118
+    except KeyError:
+        return False
+    except (OSError, SafetensorError) as error:
+        raise KoalaError(f"the LoRA {lora} is not a safetensors file ({error}): fetch it again") from None
 
 
 @dataclass(frozen=True)

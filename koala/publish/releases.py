@@ -10,6 +10,7 @@ from koala.publish.champion import champion, verdicts_on
 from koala.publish.config import PublishConfig
 from koala.publish.describe import Release, describe, describe_difference
 from koala.publish.targets.base import Shelf, Target
+from koala.publish.targets.folder import FolderShelf
 from koala.publish.versions import Manifest
 
 
@@ -50,6 +51,25 @@ def show_release(targets: Sequence[Target], student: str, version: str | None) -
 def show_difference(targets: Sequence[Target], student: str, one: str, other: str) -> None:
     """Print what two versions differ in. Raises KoalaError where there is none of that name."""
     describe_difference(_release(targets, student, one), _release(targets, student, other))
+
+
+def folder_of(targets: Sequence[Target], student: str, version: str | None) -> Path:
+    """Return the folder of a release at a target of kind `folder`; left out, the latest version.
+
+    Raises:
+        KoalaError: No such target holds one.
+    """
+    shelves = [shelf for _, shelf in _shelves(targets, student) if isinstance(shelf, FolderShelf)]
+    for shelf in shelves:
+        chosen = version or shelf.latest()
+        if chosen in shelf.versions():
+            return shelf.place / str(chosen)
+    there_are = sorted({each for shelf in shelves for each in shelf.versions()})
+    raise KoalaError(
+        f"{student} has no release {version or ''}".rstrip()
+        + " in a folder: "
+        + (f"choose one of {', '.join(there_are)}" if there_are else f"publish one (`koala publish {student}`)")
+    )
 
 
 def verify(targets: Sequence[Target], student: str, version: str | None) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from koala.errors import KoalaError
 from koala.publish.portable import as_type
-from koala.teacher.embedded import CONFIGURATIONS, embed
+from koala.teacher.embedded import CONFIGURATIONS, UNET, embed
 from koala.teacher.layout import MODELS, weights
 from koala.teacher.open_clip import THIRDS, Place
 from koala.teacher.original import POSITION_IDS, places
@@ -103,7 +103,7 @@ def write_unet(folder: Path, file: Path, *, title: str, license: str, dtype: str
     """
     with ExitStack() as opened:
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-        config = json.dumps({"unet/config.json": read_json(folder / "unet" / "config.json")})
+        config = json.dumps({UNET: read_json(folder / UNET)})
         spec = _model_spec(scheduler, folder, title, license) | {CONFIGURATIONS: config}
         _write(file, _in(dict(_tensors(folder, "unet", opened)), dtype, folder), spec)
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 CONFIGURATIONS = "koala.configurations"
 TOKENIZERS = "koala.tokenizers"
+UNET = "unet/config.json"
+"""The only entry of CONFIGURATIONS in a U-Net's file."""
 
 _HEADER_LIMIT, _TEXT_LIMIT = 100_000_000, 100_000_000  # bytes; safetensors itself refuses larger headers
 _NAME = re.compile(rf"{re.escape(MODEL_INDEX)}|(?:{'|'.join(PARTS)})/[\w-][\w.-]*\.(?:json|txt)")
@@ -57,6 +59,12 @@ def metadata(file: Path) -> dict[str, str]:
 def is_embedded(file: Path) -> bool:
     """Return whether a single file holds its configurations."""
     return CONFIGURATIONS in metadata(file)
+
+
+def is_unet(file: Path) -> bool:
+    """Return whether a file is a U-Net's, under diffusers' names, with its configuration."""
+    found = metadata(file)
+    return CONFIGURATIONS in found and list(_mapping(found[CONFIGURATIONS], file)) == [UNET]
 
 
 def embedded(file: Path) -> dict[str, Any]:
@@ -115,6 +123,20 @@ def load_pipeline(file: Path, dtype: "torch.dtype") -> "StableDiffusionXLPipelin
         return StableDiffusionXLPipeline.from_pretrained(
             folder, **parts, local_files_only=True, use_safetensors=True, add_watermarker=False
         )
+
+
+def load_unet(file: Path, dtype: "torch.dtype") -> Any:
+    """Load the U-Net of a file that `is_unet`. Raises KoalaError where its tensors are not those of its configuration."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    unet = _empty("unet", _mapping(metadata(file)[CONFIGURATIONS], file)[UNET])
+    try:
+        unet.load_state_dict({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, assign=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise KoalaError(f"{file} does not hold the U-Net of its configuration ({reason}): fetch it again") from None
+    return unet.eval()
 
 
 def load_part(file: Path, part: str, config: Mapping[str, Any], dtype: "torch.dtype") -> Any:

@@ -36,13 +36,13 @@ def fuse(folder: Path, loras: Sequence[LoraPart]) -> None:
     )
     changed = set()
     for lora in loras:
-        changed.update(_fuse_one(pipeline, lora))
+        changed.update(fuse_into(pipeline, lora))
     for part in changed:
         save_weights(getattr(pipeline, part), folder / part)
 
 
-def _fuse_one(pipeline: Any, lora: LoraPart) -> list[str]:
-    """Fuse one LoRA; return the parts that it changes."""
+def fuse_into(pipeline: Any, lora: LoraPart) -> list[str]:
+    """Fuse one LoRA into a pipeline; return the parts that it changes. Raises KoalaError as `fuse` does."""
     pairs = _pairs(lora.file)
     name = "lora"
     try:
@@ -57,17 +57,17 @@ def _fuse_one(pipeline: Any, lora: LoraPart) -> list[str]:
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, IndexError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise KoalaError(
-            f"the LoRA {lora.file} does not fit the teacher ({reason}): choose one for SDXL's U-Net"
+            f"the LoRA {lora.file} does not fit the model ({reason}): choose one for SDXL's U-Net"
         ) from None
     used = {part: _adapted(getattr(pipeline, part), name) for part in PARTS}
     parts = [part for part in PARTS if used[part]]
     if not parts:
         raise KoalaError(
-            f"none of the {pairs} modules of the LoRA {lora.file} is in the teacher: choose one for SDXL, under diffusers' "
+            f"none of the {pairs} modules of the LoRA {lora.file} is in the model: choose one for SDXL, under diffusers' "
             "or kohya's names"
         )
     count = sum(used.values())
-    say(f"teacher: LoRA {lora.file}, weight {lora.weight:g}: {count} of {pairs} modules fused into {', '.join(parts)}")
+    say(f"LoRA {lora.file}, weight {lora.weight:g}: {count} of {pairs} modules fused into {', '.join(parts)}")
     try:
         pipeline.fuse_lora(components=parts, lora_scale=lora.weight, safe_fusing=True, adapter_names=[name])
     except ValueError as error:

@@ -1,7 +1,9 @@
 """LoRAs of a teacher on its student: every module lands where its teacher's origin is, in each style of names."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from koala.convert import convert_lora
 from koala.errors import KoalaError
 from koala.evaluate.config import SamplingConfig
 from koala.publish.lora import kept, renaming
+from koala.sheet import open_model
+from koala.teacher.config import LoraPart
 from koala.teacher.original import places
 from koala.unet.blocks import keep
 from koala.unet.reference import SDXL
@@ -196,6 +200,37 @@ def test_a_converted_lora_loads_and_changes_what_its_origins_change(
     assert len(found) * each == len(load_file(out))
     for name, delta in found.items():
         assert torch.equal(delta, of_teacher[origins[f"{name}.x"].removesuffix(".x")]), name
+
+
+@pytest.mark.parametrize("with_kept", [False, True])
+def test_generating_takes_a_lora_for_sdxl_and_one_for_the_student_alike(
+    with_kept: bool, student_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = student_folder("koala-700m"), tmp_path / "student.safetensors"
+    lora = tmp_path / "lora.safetensors"
+    save_file(lora_of({**SDXL, **SMALL}, "kohya"), lora)
+    convert_lora(lora, str(folder), out)
+    lacking = len(capsys.readouterr().out.split())
+    if with_kept:
+        folder = Path(shutil.copytree(folder, tmp_path / "folder"))
+        stages = [asdict(stage) for stage in keep({**SDXL, **SMALL}, STUDENTS["koala-700m"])]
+        (folder / KEPT).write_text(json.dumps({"stages": stages}))
+
+    def weights(*loras: LoraPart) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = open_model(str(folder), loras, dtype="float32").unet.state_dict()
+        return found
+
+    plain, renamed = weights(), weights(LoraPart(file=lora, weight=0.5))
+    said = capsys.readouterr().err
+    assert f"{folder} lacks {lacking} of its modules, which are left out" in said
+    fitting = weights(LoraPart(file=out, weight=0.5))
+    assert "lacks" not in capsys.readouterr().err
+    assert all(torch.equal(renamed[name], fitting[name]) for name in plain)
+    changed = {name for name in plain if not torch.equal(plain[name], renamed[name])}
+    assert len(changed) == len(load_file(out)) // 3
+    stronger = weights(LoraPart(file=out))
+    name = min(changed)
+    assert torch.allclose(stronger[name] - plain[name], 2 * (renamed[name] - plain[name]), atol=1e-5)
 
 
 def test_diffusers_own_description_is_renamed_too(student_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -260,6 +260,28 @@ def test_koala_generate_reads_the_file_offline_bit_for_bit(
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(images(of_file), images(of_folder), strict=True))
 
 
+def test_a_unets_file_generates_with_the_other_parts_of_a_base(
+    student_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    student, base, file = student_folder("koala-700m"), student_folder("sdxl"), tmp_path / "unet.safetensors"
+    write_unet(student, file, **ABOUT, dtype=None)
+    of_file = generate.load(file, "float32", base)
+    assert not of_file.unet.training
+    assert all(
+        np.array_equal(ours, theirs)
+        for ours, theirs in zip(images(of_file), images(generate.load(student, "float32")), strict=True)
+    )
+    with pytest.raises(KoalaError, match=r"is a U-Net: name the model whose text encoders and VAE it takes \(--base\)"):
+        generate.load(file)
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors.pop(min(tensors))
+    save_file(tensors, file, metadata)
+    with pytest.raises(KoalaError, match="does not hold the U-Net of its configuration"):
+        generate.load(file, "float32", base)
+
+
 def test_a_file_is_a_teacher_without_a_folder_beside_it(
     student_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

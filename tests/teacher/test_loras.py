@@ -159,12 +159,12 @@ SD_1 = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 @pytest.mark.parametrize(
     ("tensors", "line"),
     [
-        (lora("unet.of.another.model"), "does not fit the teacher"),
+        (lora("unet.of.another.model"), "does not fit the model"),
         (lora("transformer.single.attn"), "none of the 1 modules of the LoRA"),
-        (under_kohya(SD_1, 320), "does not fit the teacher"),
-        (lora(f"unet.{QUERY}", width=320), "does not fit the teacher"),
-        ({"model.weight": torch.zeros(2)}, "does not fit the teacher"),
-        ({f"{SD_1}.hada_w1_a": torch.zeros(2, 2)}, "does not fit the teacher"),
+        (under_kohya(SD_1, 320), "does not fit the model"),
+        (lora(f"unet.{QUERY}", width=320), "does not fit the model"),
+        ({"model.weight": torch.zeros(2)}, "does not fit the model"),
+        ({f"{SD_1}.hada_w1_a": torch.zeros(2, 2)}, "does not fit the model"),
         (under_kohya(SD_1) | {f"{SD_1}.dora_scale": torch.ones(32, 1)}, "is a DoRA"),
         (lora(f"unet.{QUERY}", value=float("nan")), "gives weights that are not finite"),
     ],
