@@ -42,6 +42,7 @@ SLOW = (
     "pipeline/",
     "publish/test_hub.py",
     "publish/test_lora.py",
+    "publish/test_older.py",
     "publish/test_releases.py",
     "publish/test_single_file.py",
     "publish/test_targets.py",
