@@ -57,6 +57,17 @@ def download() -> None:
     job.run(stage)
 
 
+@app.command(rich_help_panel=STAGES)
+def score() -> None:
+    """Score the images by models, for the filter."""
+    from koala.runner import prepare
+
+    job = prepare("score")
+    from koala.data.score import score as stage
+
+    job.run(stage)
+
+
 @app.command("filter", rich_help_panel=STAGES)
 def filter_() -> None:
     """Keep samples worth training on; report why others go."""

@@ -28,6 +28,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 SLOW = (
     "bench/test_bench.py",
     "data/test_download.py",
+    "data/test_processes.py",
     "distill/test_held_out.py",
     "distill/test_launch.py",
     "distill/test_machines.py",
@@ -178,6 +179,28 @@ def tiny_pipeline(**sizes: Any) -> Any:
         sample_size=32,
     )
     return build_pipeline(config, vae)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
+    """A CLIP model with random weights, a few numbers wide, in a folder."""
+    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher / "tokenizer")
+    layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = layers | {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 16,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vision = layers | {"image_size": 32, "patch_size": 16}
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    size = {"shortest_edge": 32}
+    images = CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

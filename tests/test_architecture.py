@@ -23,6 +23,7 @@ PACKAGES = ("data", "teacher", "unet", "distill", "evaluate", "publish", "demo")
 STAGES = {
     "source": "koala.data.source",
     "download": "koala.data.download",
+    "score": "koala.data.score",
     "filter": "koala.data.filter",
     "teacher": "koala.teacher.teacher",
     "encode": "koala.data.encode",
