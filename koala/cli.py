@@ -80,6 +80,17 @@ def filter_() -> None:
 
 
 @app.command(rich_help_panel=STAGES)
+def recaption() -> None:
+    """Caption the kept images anew by a model."""
+    from koala.runner import prepare
+
+    job = prepare("recaption")
+    from koala.data.recaption import recaption as stage
+
+    job.run(stage)
+
+
+@app.command(rich_help_panel=STAGES)
 def teacher() -> None:
     """Fetch the teacher, or train the demo's."""
     from koala.runner import prepare

@@ -17,6 +17,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from koala.config import BY_KIND, Config
+from koala.data.captions.config import RecaptionConfig, RecaptionMachine
 from koala.data.config import (
     DownloadConfig,
     DownloadMachine,
@@ -119,6 +120,8 @@ class Profile(Config):
     """Which scores are computed of the images; left out: none."""
     filter: _Filter
     """Which samples are kept."""
+    recaption: RecaptionConfig = RecaptionConfig()
+    """Which model captions the kept images anew; left out: none."""
     teacher: Teacher
     """Where the teacher comes from."""
     encode: EncodeConfig
@@ -175,6 +178,8 @@ class Machine(Config):
     """Of `koala score`."""
     filter: FilterMachine = FilterMachine()
     """Of `koala filter`."""
+    recaption: RecaptionMachine = RecaptionMachine()
+    """Of `koala recaption`."""
     encode: EncodeMachine = EncodeMachine()
     """Of `koala encode`."""
     distill: DistillMachine = DistillMachine()

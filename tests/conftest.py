@@ -232,6 +232,7 @@ class Artifacts:
     """What the stages before `distill` make: folders, and both students' rules."""
 
     latents: Path
+    captions: Path
     teacher: Path
     students: Path
 
@@ -249,7 +250,7 @@ class Artifacts:
 
 @pytest.fixture(scope="session")
 def artifacts(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    """A teacher, 37 latents in two buckets, and both students."""
+    """A teacher, 37 latents in two buckets, no new captions, and both students."""
     from koala.bench.models import random_latents
     from koala.params import load
     from koala.run import NoRun
@@ -260,7 +261,8 @@ def artifacts(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> A
     for name, config in load(ROOT / "params.yaml").students.items():
         (folder / "student" / name).mkdir(parents=True)
         student(config, teacher=tiny_teacher, out=folder / "student" / name, run=NoRun())
-    return Artifacts(folder / "latents", tiny_teacher, folder / "student")
+    (folder / "captions").mkdir()
+    return Artifacts(folder / "latents", folder / "captions", tiny_teacher, folder / "student")
 
 
 @pytest.fixture
@@ -269,6 +271,7 @@ def distillable(workspace: Path, artifacts: Artifacts) -> Path:
     made = workspace / "artifacts/smoke"
     shutil.copytree(artifacts.teacher, made / "teacher")
     shutil.copytree(artifacts.latents, made / "latents")
+    shutil.copytree(artifacts.captions, made / "captions")
     shutil.copytree(artifacts.students, made / "student")
     return workspace
 

@@ -25,6 +25,7 @@ STAGES = {
     "download": "koala.data.download",
     "score": "koala.data.score",
     "filter": "koala.data.filter",
+    "recaption": "koala.data.recaption",
     "teacher": "koala.teacher.teacher",
     "encode": "koala.data.encode",
     "reference": "koala.evaluate.reference",

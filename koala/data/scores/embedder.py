@@ -34,7 +34,8 @@ class ClipEmbedder:
         self._tokens = model.config.text_config.max_position_embeddings
         # SigLIP was trained on padded captions, and without a mask.
         siglip = model.config.model_type.startswith("siglip")
-        self._padding, self._inputs = ("max_length", ["input_ids"]) if siglip else ("longest", None)
+        self._padding = "max_length" if siglip else "longest"
+        self._inputs = ("input_ids",) if siglip else ("input_ids", "attention_mask")
         self.width = self.images([self.prepare(Image.new("RGB", (32, 32)))]).shape[1]
 
     def prepare(self, image: Image.Image) -> Any:
@@ -54,7 +55,7 @@ class ClipEmbedder:
         tokens = self._tokenizer(
             list(captions), padding=self._padding, truncation=True, max_length=self._tokens, return_tensors="pt"
         ).to(self._model.device)
-        inputs = {name: tokens[name] for name in self._inputs or tokens}
+        inputs = {name: tokens[name] for name in self._inputs}
         return _unit(self._model.get_text_features(**inputs))
 
 

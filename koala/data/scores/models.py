@@ -1,17 +1,16 @@
 """The models of a recipe of scores, over batches of samples: each image is decoded ahead, and computed once."""
 
 import hashlib
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from koala.data.ahead import batches_ahead
 from koala.data.picture import open_picture
 from koala.data.scores.base import EmbeddingScorer, ImageScorer
 from koala.data.scores.config import ScoreConfig
@@ -20,7 +19,6 @@ from koala.data.shards import Sample
 
 UNDECODABLE = b"undecodable"
 """Name, in a table's metadata, of its number of images that cannot be decoded."""
-_AHEAD = 2  # batches that are decoded while the models work
 _EMBEDDING = "embedding"
 
 
@@ -73,7 +71,8 @@ class Models:
 
     def score(self, samples: Iterator[Sample]) -> pa.Table:
         """Return the table of a shard: a row for each sample, the scores in the order of the recipe."""
-        rows = [row for batch in self._ahead(samples) for row in self._rows(batch)]
+        batches = batches_ahead(samples, self._config.machine.batch_size, self._start)
+        rows = [row for batch in batches for row in self._rows(batch)]
         columns = {
             "key": pa.array([row.sample.key for row in rows], pa.string()),
             "sha256": pa.array([row.sha256 for row in rows], pa.binary(32)),
@@ -89,15 +88,6 @@ class Models:
             columns[_EMBEDDING] = pa.FixedSizeListArray.from_arrays(flat, len(nothing))
         undecodable = sum(not row.values for row in rows)
         return pa.table(columns).replace_schema_metadata({UNDECODABLE: str(undecodable)})
-
-    def _ahead(self, samples: Iterator[Sample]) -> Iterator[_Batch]:
-        """Yield batches of samples; threads decode the next ones meanwhile."""
-        waiting: deque[_Batch] = deque()
-        while batch := list(islice(samples, self._config.machine.batch_size)):
-            waiting.append(self._start(batch))
-            if len(waiting) > _AHEAD:
-                yield waiting.popleft()
-        yield from waiting
 
     def _start(self, samples: Sequence[Sample]) -> _Batch:
         hashes = [hashlib.sha256(sample.image).digest() for sample in samples]
