@@ -61,6 +61,17 @@ def download() -> None:
     job.run(stage)
 
 
+@app.command(rich_help_panel=STAGES)
+def score() -> None:
+    """Score the images by models, for the filter."""
+    from koala.runner import prepare
+
+    job = prepare("score")
+    from koala.data.score import score as stage
+
+    job.run(stage)
+
+
 @app.command("filter", rich_help_panel=STAGES)
 def filter_() -> None:
     """Keep samples worth training on; report why others go."""
@@ -68,6 +79,17 @@ def filter_() -> None:
 
     job = prepare("filter")
     from koala.data.filter import filter as stage
+
+    job.run(stage)
+
+
+@app.command(rich_help_panel=STAGES)
+def recaption() -> None:
+    """Caption the kept images anew by a model."""
+    from koala.runner import prepare
+
+    job = prepare("recaption")
+    from koala.data.recaption import recaption as stage
 
     job.run(stage)
 

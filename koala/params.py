@@ -17,6 +17,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from koala.config import BY_KIND, Config
+from koala.data.captions.config import RecaptionConfig, RecaptionMachine
 from koala.data.config import (
     DownloadConfig,
     DownloadMachine,
@@ -26,6 +27,11 @@ from koala.data.config import (
     FilterMachine,
 )
 from koala.data.rules import Ascii, Aspect, Blocklist, Scores, Size, Words
+from koala.data.scores.aesthetic import Aesthetic
+from koala.data.scores.clip_similarity import ClipSimilarity
+from koala.data.scores.config import ScoreConfig, ScoreMachine
+from koala.data.scores.nsfw import Nsfw
+from koala.data.scores.text import TextArea, TextStrings
 from koala.data.tables import TableSource
 from koala.demo.attributes import Attributes
 from koala.demo.images import Shapes
@@ -68,6 +74,7 @@ class _TinyTeacher(TinyTeacher):
 Source = Annotated[TableSource | ShapesSource, Field(discriminator="kind")]
 Teacher = Annotated[HubTeacher | FolderTeacher | FileTeacher | _TinyTeacher, Field(discriminator="kind")]
 Rule = Annotated[Words | Size | Aspect | Ascii | Blocklist | Scores, Field(discriminator="kind")]
+Scorer = Annotated[Aesthetic | ClipSimilarity | Nsfw | TextArea | TextStrings, Field(discriminator="kind")]
 Prompts = Annotated[FilePrompts | HubPrompts | ShapesPrompts, Field(discriminator="kind")]
 Metric = Annotated[
     Attributes | BVqa | ClipScore | Cmmd | DinoCosine | FdDinov2 | HpsV21 | PickScore | Psnr,
@@ -79,6 +86,11 @@ Target = Annotated[FolderTarget | HubTarget | S3Target, Field(discriminator="kin
 class _Filter(FilterConfig):
     rules: Annotated[tuple[Rule, ...], BY_KIND] = ()
     """Rules by kind, `{words: {at_least: 4}}`: the first that a sample breaks is the one it is counted under."""
+
+
+class _Score(ScoreConfig):
+    scorers: Annotated[tuple[Scorer, ...], BY_KIND] = ()
+    """Scores by kind, `{clip_similarity: {}}`, a column each."""
 
 
 class _Evaluate(EvaluateConfig):
@@ -104,8 +116,12 @@ class Profile(Config):
     """Where the table of URLs and captions comes from."""
     download: DownloadConfig
     """How images are fetched and resized."""
+    score: _Score = _Score()
+    """Which scores are computed of the images; left out: none."""
     filter: _Filter
     """Which samples are kept."""
+    recaption: RecaptionConfig = RecaptionConfig()
+    """Which model captions the kept images anew; left out: none."""
     teacher: Teacher
     """Where the teacher comes from."""
     encode: EncodeConfig
@@ -158,8 +174,12 @@ class Machine(Config):
     other by spinning: with small models, one thread more than there are idle cores makes all of them several times slower."""
     download: DownloadMachine = DownloadMachine()
     """Of `koala download`."""
+    score: ScoreMachine = ScoreMachine()
+    """Of `koala score`."""
     filter: FilterMachine = FilterMachine()
     """Of `koala filter`."""
+    recaption: RecaptionMachine = RecaptionMachine()
+    """Of `koala recaption`."""
     encode: EncodeMachine = EncodeMachine()
     """Of `koala encode`."""
     distill: DistillMachine = DistillMachine()
@@ -284,7 +304,12 @@ def schema() -> dict[str, Any]:
     partial = dict(found["$defs"]["DistillConfig"])
     partial.pop("required")
     found["$defs"]["Student"]["properties"]["distill"] = partial
-    for section, field in (("_Filter", "rules"), ("_Evaluate", "metrics"), ("_Publish", "targets")):
+    for section, field in (
+        ("_Score", "scorers"),
+        ("_Filter", "rules"),
+        ("_Evaluate", "metrics"),
+        ("_Publish", "targets"),
+    ):
         properties = found["$defs"][section]["properties"]
         properties[field] = _mapping_schema(properties[field], found["$defs"])
     return found

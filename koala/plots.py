@@ -35,13 +35,13 @@ def bars(counts: Mapping[str, int], unit: str, title: str) -> "Figure":
     return figure
 
 
-def histogram(counts: Mapping[int, int], unit: str, title: str) -> "Figure":
-    """Plot counts of samples over integers."""
+def histogram(counts: Mapping[int, int] | Mapping[float, int], unit: str, title: str, width: float = 0.8) -> "Figure":
+    """Plot counts of samples over integers, or over the middles of bins of a width."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.bar(list(counts), list(counts.values()))
+    axes.bar(list(counts), list(counts.values()), width)
     axes.set_xlabel(unit)
     axes.set_ylabel("samples")
     axes.set_title(title)

@@ -28,6 +28,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 SLOW = (
     "bench/test_bench.py",
     "data/test_download.py",
+    "data/test_processes.py",
     "distill/test_held_out.py",
     "distill/test_launch.py",
     "distill/test_machines.py",
@@ -182,6 +183,28 @@ def tiny_pipeline(**sizes: Any) -> Any:
     return build_pipeline(config, vae)
 
 
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
+    """A CLIP model with random weights, a few numbers wide, in a folder."""
+    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher / "tokenizer")
+    layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = layers | {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 16,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vision = layers | {"image_size": 32, "patch_size": 16}
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    size = {"shortest_edge": 32}
+    images = CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def as_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[type[BaseHTTPRequestHandler]], None]]:
     """Have a handler answer in place of the Hugging Face Hub, on loopback: `as_hub(Handler)`."""
@@ -211,6 +234,7 @@ class Artifacts:
     """What the stages before `distill` make: folders, and both students' rules."""
 
     latents: Path
+    captions: Path
     teacher: Path
     students: Path
 
@@ -228,7 +252,7 @@ class Artifacts:
 
 @pytest.fixture(scope="session")
 def artifacts(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    """A teacher, 37 latents in two buckets, and both students."""
+    """A teacher, 37 latents in two buckets, no new captions, and both students."""
     from koala.bench.models import random_latents
     from koala.params import load
     from koala.run import NoRun
@@ -239,7 +263,8 @@ def artifacts(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> A
     for name, config in load(ROOT / "params.yaml").students.items():
         (folder / "student" / name).mkdir(parents=True)
         student(config, teacher=tiny_teacher, out=folder / "student" / name, run=NoRun())
-    return Artifacts(folder / "latents", tiny_teacher, folder / "student")
+    (folder / "captions").mkdir()
+    return Artifacts(folder / "latents", folder / "captions", tiny_teacher, folder / "student")
 
 
 @pytest.fixture
@@ -248,6 +273,7 @@ def distillable(workspace: Path, artifacts: Artifacts) -> Path:
     made = workspace / "artifacts/smoke"
     shutil.copytree(artifacts.teacher, made / "teacher")
     shutil.copytree(artifacts.latents, made / "latents")
+    shutil.copytree(artifacts.captions, made / "captions")
     shutil.copytree(artifacts.students, made / "student")
     return workspace
 

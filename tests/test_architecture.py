@@ -23,7 +23,9 @@ PACKAGES = ("data", "teacher", "unet", "distill", "evaluate", "publish", "demo")
 STAGES = {
     "source": "koala.data.source",
     "download": "koala.data.download",
+    "score": "koala.data.score",
     "filter": "koala.data.filter",
+    "recaption": "koala.data.recaption",
     "teacher": "koala.teacher.teacher",
     "encode": "koala.data.encode",
     "reference": "koala.evaluate.reference",

@@ -22,7 +22,9 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 ENTRY = {
     "source": ["koala/data/source.py"],
     "download": ["koala/data/download.py", "koala/data/workers.py", "koala/demo/server.py"],
+    "score": ["koala/data/score.py"],
     "filter": ["koala/data/filter.py"],
+    "recaption": ["koala/data/recaption.py"],
     "teacher": ["koala/teacher/teacher.py", "koala/demo/images.py"],
     "encode": ["koala/data/encode.py"],
     "reference": ["koala/evaluate/reference.py"],
@@ -33,6 +35,7 @@ ENTRY = {
 }
 UNIONS = {
     "source": ["Source"],
+    "score": ["Scorer"],
     "filter": ["Rule"],
     "teacher": ["Teacher"],
     "reference": ["Prompts"],
@@ -46,9 +49,14 @@ HOUSEKEEPING = {
     "koala/console.py",
     "koala/errors.py",
     "koala/plots.py",
+    "koala/pretrained.py",
     "koala/process.py",
     "koala/run.py",
+    "koala/data/ahead.py",
     "koala/data/filter_report.py",
+    "koala/data/processes.py",
+    "koala/data/scores/base.py",
+    "koala/data/scores/known.py",
     "koala/distill/checkpoint.py",
     "koala/distill/curves.py",
     "koala/distill/job.py",

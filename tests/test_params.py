@@ -321,7 +321,7 @@ def test_every_parameter_is_explained() -> None:
         name = str(field.get("$ref", "")).rpartition("/")[2]
         return "description" in field or "description" in schema["$defs"].get(name, {})
 
-    kinds = ("rules", "metrics", "targets")
+    kinds = ("scorers", "rules", "metrics", "targets")
     silent = [path for path, field in found if not explained(field)]
     assert [p for p in silent if p.split(".")[-1] != "kind" and p.split(".")[-2] not in kinds] == []
 

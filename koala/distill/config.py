@@ -116,6 +116,9 @@ class DistillConfig(Config):
     """Timesteps that a few-step teacher was made for; left out: all."""
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of samples trained on the unconditional input, which classifier-free guidance needs."""
+    recaption_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of samples trained on the caption that the stage `recaption` wrote, where it wrote one, in place of their own. Drawn
+    anew at each step."""
     teacher_dtype: Dtype = "float32"
     """Dtype of the teacher's U-Net and text encoders. The student's weights are float32."""
     teacher_float8: bool = False
@@ -123,7 +126,7 @@ class DistillConfig(Config):
     held_out: int = Field(default=0, ge=0)
     """Encoded samples that are kept out of training. The losses on them are logged whenever validation images are generated."""
     seed: int = 0
-    """Seed of the order of samples, the noise, the timesteps, the caption dropout and what is held out."""
+    """Seed of the order of samples, the noise, the timesteps, the caption dropout, the choice of captions and what is held out."""
     sampling: SamplingConfig = SamplingConfig()
     """How validation images are generated. Not tracked: it does not change what is trained."""
     machine: DistillMachine = DistillMachine()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from koala.data.captions.mixed import NewCaptions
 from koala.data.latents import LatentSet
 from koala.distill.config import DistillConfig
 from koala.errors import KoalaError
@@ -126,9 +127,12 @@ class MicroBatches(Sampler[list[Place]]):
 class TrainingSet(Dataset[tuple[Any, ...]]):
     """Encoded samples with the noise, timestep and caption dropout of their place in training."""
 
-    def __init__(self, data: LatentSet, config: DistillConfig, train_timesteps: int) -> None:
+    def __init__(
+        self, data: LatentSet, config: DistillConfig, train_timesteps: int, new_captions: NewCaptions | None = None
+    ) -> None:
         """Raise KoalaError for timesteps beyond the teacher's `train_timesteps`."""
         self._data = data
+        self._new_captions = new_captions
         self._config = config
         self._timesteps = config.timesteps or tuple(range(train_timesteps))
         if max(self._timesteps) >= train_timesteps:
@@ -146,7 +150,10 @@ class TrainingSet(Dataset[tuple[Any, ...]]):
         keep = bool(torch.rand((), generator=random) >= self._config.caption_dropout)
         latent = sample.latent.float()
         noise = torch.randn(latent.shape, generator=random)
-        return index, latent, noise, timestep, keep, sample.caption, sample.time_ids
+        # Drawn last: where there are no new captions, every other draw is as it was.
+        renewed = bool(torch.rand((), generator=random) < self._config.recaption_share)
+        new = self._new_captions[index] if renewed and self._new_captions else None
+        return index, latent, noise, timestep, keep, new or sample.caption, sample.time_ids
 
 
 def collate(items: Sequence[tuple[Any, ...]], tokenize: Callable[[Sequence[str]], Tensor]) -> Batch:
@@ -174,16 +181,18 @@ def load(
     processes: int,
     start: int,
     device: torch.device,
+    new_captions: NewCaptions | None = None,
 ) -> Iterator[Iterator[Batch]]:
     """Yield, for every step from `start`, this process's micro-batches on `device`; take all of them before the next step.
 
     buckets: The samples of `data` to train on.
+    new_captions: Of the samples of `data`, for the share of them that `config` names.
     """
     accumulate = config.batch_size // (micro_batch * processes)
 
     order = Order(buckets, config.batch_size, config.seed)
     loader = DataLoader(
-        TrainingSet(data, config, train_timesteps),
+        TrainingSet(data, config, train_timesteps, new_captions),
         batch_sampler=MicroBatches(order, micro_batch, rank, processes, start, config.steps),
         collate_fn=partial(collate, tokenize=tokenize),
         num_workers=config.machine.workers,

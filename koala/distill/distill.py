@@ -5,21 +5,28 @@ from pathlib import Path
 
 from PIL import Image
 
+from koala.console import say
+from koala.data.captions.mixed import align
 from koala.distill import curves
 from koala.distill.config import DistillConfig
-from koala.distill.job import FILE, UNET, VALIDATION, Job, checkpoints
+from koala.distill.job import FILE, NEW_CAPTIONS, UNET, VALIDATION, Job, checkpoints
 from koala.distill.launch import launch
 from koala.run import STATE, Run
 
 
-def distill(config: DistillConfig, latents: Path, teacher: Path, student: Path, out: Path, run: Run) -> None:
+def distill(
+    config: DistillConfig, latents: Path, captions: Path, teacher: Path, student: Path, out: Path, run: Run
+) -> None:
     """Distil `teacher` into `student` on encoded samples: `out` becomes the trained pipeline, with its curves.
 
     Training resumes from the newest checkpoint in the state folder. Of a finished run at a constant rate the last
     checkpoint is kept, so that more steps continue it. Raises KoalaError where the launch configuration cannot run the
     recipe, and SystemExit with the training's own status where that stopped.
     """
-    job = Job(config=config, latents=latents, teacher=teacher, student=student, state=out / STATE)
+    state = out / STATE
+    state.mkdir(parents=True, exist_ok=True)
+    new_captions = _new_captions(config, captions, latents, state)
+    job = Job(config=config, latents=latents, teacher=teacher, student=student, new_captions=new_captions, state=state)
     if not _is_trained(job):
         shutil.rmtree(job.state / UNET, ignore_errors=True)
         launch(config, job.write(), follow=_Reporter(job.state, run).report)
@@ -35,6 +42,17 @@ def distill(config: DistillConfig, latents: Path, teacher: Path, student: Path, 
     else:
         for old in checkpoints(job.state)[:-1]:
             shutil.rmtree(old)
+
+
+def _new_captions(config: DistillConfig, captions: Path, latents: Path, state: Path) -> Path | None:
+    """Return the file of new captions, where a share of the samples is to be trained on them and there are some."""
+    if not config.recaption_share:
+        return None
+    file = state / NEW_CAPTIONS
+    if align(captions, latents, file):
+        return file
+    say(f"distill: {captions} holds no new captions: recaption_share {config.recaption_share} changes nothing")
+    return None
 
 
 def _is_trained(job: Job) -> bool:

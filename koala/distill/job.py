@@ -21,6 +21,8 @@ class Job(Config):
     """The teacher's pipeline folder."""
     student: Path
     """The student's pipeline folder, as built."""
+    new_captions: Path | None = None
+    """New captions of the encoded samples (koala.data.captions.mixed), or None where there are none."""
     state: Path
     """Where checkpoints, losses and validation images go, and the trained U-Net at the end (UNET)."""
 
@@ -37,6 +39,8 @@ class Job(Config):
         return cls.model_validate_json(file.read_text())
 
 
+NEW_CAPTIONS = "new-captions.arrow"
+"""File in the state: new captions, aligned with the encoded samples."""
 UNET = "unet"
 """Folder in the state: the trained U-Net, written last."""
 COMPLAINT = "complaint"

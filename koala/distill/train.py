@@ -21,6 +21,7 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionM
 from torch import Tensor
 
 from koala.console import hide_loading_bars, progress, say
+from koala.data.captions.mixed import NewCaptions
 from koala.data.latents import LatentSet
 from koala.distill import checkpoint, curves, data, float8, held_out, sharding
 from koala.distill.config import DistillConfig
@@ -90,6 +91,7 @@ def train(job: Job, stop: StopSignal) -> None:
         accelerator.num_processes,
         start=done,
         device=accelerator.device,
+        new_captions=NewCaptions(job.new_captions) if job.new_captions else None,
     )
     if is_main:
         curves.truncate(state, done)

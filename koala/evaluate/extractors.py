@@ -4,14 +4,13 @@ Only safetensors and transformers' own classes, in float32. One model is in memo
 `forget` the last one. What it has made of a series of images is kept with it, so that the teacher's are embedded once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from koala import pretrained
 from koala.console import hide_loading_bars
-from koala.errors import DISK_FULL, KoalaError
-from koala.evaluate.open_clip import WrongModelError, from_open_clip
+from koala.evaluate.open_clip import from_open_clip
 from koala.generate import device, free_memory
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 _BATCH = 32  # images or prompts at once
 _QUESTIONED = 8  # images at once, each with up to 8 questions
 _WEIGHTS = "model.safetensors"
+_SETTING = "evaluate.metrics"
 
 _held: dict[tuple[str, ...], Any] = {}
 
@@ -208,17 +208,8 @@ def _hold(key: tuple[str, ...], load: Callable[[], _Held]) -> _Held:
 
 def _load(architecture: str, model: str, revision: str) -> tuple[Any, Any]:
     """Return a model of transformers on `device()`, and its processor. architecture: the name of its class."""
-    import transformers
-
-    hide_loading_bars()
-    with _errors(architecture, model, revision):
-        loaded, info = getattr(transformers, architecture).from_pretrained(
-            model, revision=revision, use_safetensors=True, output_loading_info=True, dtype="float32"
-        )
-        if lacking := info["missing_keys"]:  # transformers would leave them at random
-            raise WrongModelError(f"it lacks {len(lacking)} tensors, {min(lacking)} among them")
-        processor = transformers.AutoProcessor.from_pretrained(model, revision=revision)
-    return loaded.eval().to(device()), processor
+    loaded, processor = pretrained.load(architecture, model, revision, _SETTING)
+    return loaded.to(device()), processor
 
 
 def _load_open_clip(model: str, revision: str, base: str, base_revision: str) -> tuple[Any, Any]:
@@ -228,10 +219,10 @@ def _load_open_clip(model: str, revision: str, base: str, base_revision: str) ->
     from transformers import AutoProcessor, CLIPConfig, CLIPModel
 
     hide_loading_bars()
-    with _errors("CLIPModel", base, base_revision):
+    with pretrained.errors("CLIPModel", base, base_revision, _SETTING):
         config = CLIPConfig.from_pretrained(base, revision=base_revision)
         processor = AutoProcessor.from_pretrained(base, revision=base_revision)
-    with _errors("CLIPModel", model, revision):
+    with pretrained.errors("CLIPModel", model, revision, _SETTING):
         folder = Path(model)
         file = folder / _WEIGHTS if folder.is_dir() else hf_hub_download(model, _WEIGHTS, revision=revision)
         with torch.device("meta"):
@@ -239,23 +230,6 @@ def _load_open_clip(model: str, revision: str, base: str, base_revision: str) ->
         tensors = from_open_clip(load_file(file), names)
         loaded = CLIPModel.from_pretrained(None, config=config, state_dict=tensors, dtype="float32")
     return loaded.eval().to(device()), processor
-
-
-@contextmanager
-def _errors(architecture: str, model: str, revision: str) -> Iterator[None]:
-    """Raise KoalaError, in one line, where a model cannot be had or is not what it should be."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise
-        reason = str(error) if isinstance(error, WrongModelError) else type(error).__name__
-        raise KoalaError(
-            f"cannot load {model} at {revision} as a {architecture} for evaluate.metrics ({reason}): check the name and the "
-            "revision, that it holds safetensors, and the network"
-        ) from None
 
 
 def _in_batches(embed: "Callable[[list[Any]], np.ndarray]", items: Sequence[Any]) -> "np.ndarray":

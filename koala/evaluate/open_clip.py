@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from koala.pretrained import WrongModelError
 from koala.teacher.open_clip import OPEN_CLIP_TEXT, Outside, Place, open_clip
 
 if TYPE_CHECKING:
@@ -18,10 +19,6 @@ _VISION: Outside = {
     "post_layernorm.bias": ("ln_post.bias", "same"),
     "visual_projection.weight": ("proj", "transposed"),
 }
-
-
-class WrongModelError(ValueError):
-    """Weights that are not those of the model, said in words for the user."""
 
 
 def from_open_clip(tensors: "Mapping[str, Tensor]", names: "Mapping[str, Tensor]") -> "dict[str, Tensor]":

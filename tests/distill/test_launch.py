@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -117,14 +118,21 @@ def test_a_killed_run_leaves_no_seam_in_mlflow(distillable: Path, change_params:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("launch", ["cpu-two", "fsdp2-cpu"])
 def test_the_launch_file_alone_sets_the_number_of_processes(
-    make_job: Callable, uncut: Path, tmp_path: Path, launch: str, recorder, monkeypatch: pytest.MonkeyPatch, capfd
+    make_job: Callable,
+    artifacts: Any,
+    uncut: Path,
+    tmp_path: Path,
+    launch: str,
+    recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd,
 ) -> None:
     """Two processes by accelerate's own launcher give the curve of one."""
     monkeypatch.chdir(ROOT)
     job = make_job(machine={"launch": f"infra/accelerate/{launch}.yaml"}, schedule="constant", warmup=20)
     one = make_job("one", schedule="constant", warmup=20)
     Training(one).wait()
-    distill(job.config, job.latents, job.teacher, job.student, tmp_path / "out", recorder)
+    distill(job.config, job.latents, artifacts.captions, job.teacher, job.student, tmp_path / "out", recorder)
     assert "distill: 2 processes on cpu" in capfd.readouterr().err
     state = tmp_path / "out" / STATE  # of a constant rate it is kept, with its losses
     shutil.copytree(tmp_path / "out" / "unet", state / "unet")
@@ -145,13 +153,13 @@ def test_two_machines_equal_one_process(distillable: Path, change_params: Change
 
 
 def test_a_gradient_that_stays_non_finite_stops_training_with_the_state_saved(
-    make_job: Callable, tmp_path: Path, recorder, monkeypatch: pytest.MonkeyPatch
+    make_job: Callable, artifacts: Any, tmp_path: Path, recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     job = make_job(learning_rate=1e30, warmup=0, steps=50, machine={"max_bad_steps": 2, "checkpoint_every": 1000})
     line = r"stopped at step \d+: 2 steps in a row .* the term task is not finite for samples 0000000\d\d, "
     with pytest.raises(KoalaError, match=line):
-        distill(job.config, job.latents, job.teacher, job.student, tmp_path / "out", recorder)
+        distill(job.config, job.latents, artifacts.captions, job.teacher, job.student, tmp_path / "out", recorder)
     assert len(checkpoints(tmp_path / "out" / STATE)) == 1
 
 

@@ -80,29 +80,6 @@ def test_agreement_is_each_images_psnr() -> None:
     assert Psnr().measure(gray, prompts, None) == {}  # the teacher does not follow itself
 
 
-@pytest.fixture(scope="module")
-def tiny_clip(tmp_path_factory, tiny_teacher):
-    """A CLIP model with random weights, a few numbers wide, in a folder."""
-    import torch
-    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher / "tokenizer")
-    layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = layers | {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 16,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    vision = layers | {"image_size": 32, "patch_size": 16}
-    folder = tmp_path_factory.mktemp("clip")
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-    size = {"shortest_edge": 32}
-    images = CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
-    return folder
-
-
 def test_clip_embeds_in_batches_as_it_does_one_by_one(tiny_clip) -> None:
     prompts = seeded_prompts(ShapesPrompts(), 40, 0)
     texts = [prompt.text for prompt in prompts]

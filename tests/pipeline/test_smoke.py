@@ -59,7 +59,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def koala(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with the command `koala`, which starts at once: fourteen stages would import torch for two minutes."""
+    """A folder with the command `koala`, which starts at once: sixteen stages would import torch for two minutes."""
     with preloaded(tmp_path_factory.mktemp("commands")) as folder:
         yield folder
 
@@ -97,7 +97,7 @@ def reproduced(run: Run) -> str:
 def test_every_stage_runs_once(reproduced: str, project: Path) -> None:
     lock = yaml.safe_load((project / "dvc.lock").read_text())
     stages = list(lock["stages"])
-    assert len(stages) == 6 + 4 * len(STUDENTS)
+    assert len(stages) == 8 + 4 * len(STUDENTS)
     for stage in stages:
         assert reproduced.count(f"Running stage '{stage}'") == 1
     for student in STUDENTS:
@@ -166,7 +166,7 @@ def test_mlflow_has_a_run_for_each_stage(reproduced: str, project: Path) -> None
     client = MlflowClient(f"sqlite:///{project}/mlflow.db")
     experiment = client.get_experiment_by_name("koala-smoke")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    assert len(runs) == 14
+    assert len(runs) == 16
     assert all(run.info.status == "FINISHED" for run in runs.values())
     distilled = runs["distill@koala-700m"]
     assert {"loss/total", "loss/task", "loss/output", "loss/feature/UP1", "images_per_second"} <= set(

@@ -1,0 +1,1 @@
+"""New captions of kept images: the model that writes them, and how training reads them."""
