@@ -54,7 +54,7 @@ def download(config: DownloadConfig, table: Path, out: Path, run: Run) -> None:
     shards = state / "shards"
     shards.mkdir(parents=True, exist_ok=True)
     _move_shards(out, shards)
-    fetch(table / "table.parquet", config, shards, state)
+    fetch(table, config, shards, state)
     stats = summarise(shards)
     if not stats["status"]["success"]:
         raise KoalaError(
@@ -79,15 +79,13 @@ def _move_shards(source: Path, target: Path) -> None:
 
 
 def fetch(table: Path, config: DownloadConfig, shards: Path, logs: Path) -> None:
-    """Fetch every shard of the table that is not finished in the folder `shards`.
+    """Fetch every shard of the table (a folder of parts) that is not finished in the folder `shards`.
 
     Raises KoalaError if a process fails or a shard stays unfinished.
     """
-    import pyarrow.parquet as pq
-
-    rows = pq.read_metadata(table).num_rows
-    columns = pq.read_schema(table).names
-    count = math.ceil(rows / config.shard_size)
+    parts, columns = _parts(table)
+    # img2dataset shards each part by itself: the last shard of one may be smaller.
+    rows, count = sum(parts.values()), sum(math.ceil(rows / config.shard_size) for rows in parts.values())
     shutil.rmtree(shards / "_tmp", ignore_errors=True)
     _discard_unfinished(shards)
     finished = _stats(shards)
@@ -117,6 +115,16 @@ def fetch(table: Path, config: DownloadConfig, shards: Path, logs: Path) -> None
             f"{lacking} of {count} shards failed: {told[-1] if told else last_line(log)} (see {log}); "
             "run again: the others are kept"
         )
+
+
+def _parts(table: Path) -> tuple[dict[Path, int], list[str]]:
+    """Return the rows of each part of the table, and its columns. Raises KoalaError if there is no part."""
+    import pyarrow.parquet as pq
+
+    parts = {file: pq.read_metadata(file).num_rows for file in sorted(table.glob("*.parquet"))}
+    if not parts:
+        raise KoalaError(f"{table} has no part-00000.parquet: make the table again")
+    return parts, pq.read_schema(next(iter(parts))).names
 
 
 def _told(log: Path) -> list[str]:
@@ -191,7 +199,8 @@ def _check_sidecar(process: subprocess.Popen[bytes], log: Path) -> None:
 def _first_host(table: Path) -> tuple[str, int]:
     import pyarrow.parquet as pq
 
-    first = next(pq.ParquetFile(table).iter_batches(batch_size=1, columns=["url"]))
+    part = min(table.glob("*.parquet"))
+    first = next(pq.ParquetFile(part).iter_batches(batch_size=1, columns=["url"]))
     url = urlsplit(first["url"][0].as_py())
     return url.hostname or "", url.port or {"http": 80, "https": 443}[url.scheme]
 
