@@ -17,6 +17,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from koala.config import BY_KIND, Config
+from koala.data import pins
 from koala.data.config import (
     DownloadConfig,
     DownloadMachine,
@@ -24,6 +25,7 @@ from koala.data.config import (
     EncodeMachine,
     FilterConfig,
     FilterMachine,
+    SourceConfig,
 )
 from koala.data.rules import Ascii, Aspect, Blocklist, Scores, Size, Words
 from koala.data.tables import TableSource
@@ -116,6 +118,18 @@ class Profile(Config):
     """What is measured."""
     publish: _Publish
     """What a student must reach to be released, and where it goes."""
+
+    @model_validator(mode="after")
+    def _scores_are_there(self) -> Self:
+        there = self.source.score_columns
+        for rule in self.filter.rules:
+            named = [*rule.at_least, *rule.at_most] if isinstance(rule, Scores) else []
+            if absent := [column for column in named if column not in there]:
+                raise ValueError(
+                    f"filter.rules.scores names {absent[0]!r}, which source.score_columns does not carry along: "
+                    f"choose from {', '.join(there) or 'nothing'}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _rules_fit_metrics(self) -> Self:
@@ -213,6 +227,7 @@ class Params:
     _machine: Machine
     _distill: Mapping[str, DistillConfig]
     _approvals: tuple[approvals.Approval, ...]
+    _pin: pins.Pin | None
 
     @property
     def threads(self) -> int | None:
@@ -231,6 +246,12 @@ class Params:
         return self._distill[student]
 
     @property
+    def source(self) -> SourceConfig:
+        """Where the table comes from, at its pin if it has one."""
+        section = self.recipe.source
+        return section.model_copy(update={"pin": self._pin}) if isinstance(section, TableSource) else section
+
+    @property
     def publish(self) -> PublishConfig:
         """What a student must reach to be released, with the verdicts that a person overruled."""
         return self.recipe.publish.model_copy(update={"sampling": self.recipe.sampling, "approvals": self._approvals})
@@ -243,6 +264,8 @@ class Params:
             return self.distill(str(student))
         if stage == "publish":
             return self.publish
+        if stage == "source":
+            return self.source
         section: Config = getattr(self.recipe, "evaluate" if stage == "reference" else stage)
         shared = {"machine": getattr(self._machine, "evaluate" if stage == "reference" else stage, None)}
         shared["sampling"] = self.recipe.sampling
@@ -265,6 +288,7 @@ def load(path: Path = FILE, profile: str | None = None, machine: str | None = No
     recipe, chosen = document.profiles[name], document.machines[host]
     for section in Profile.model_fields:
         homes = {"machine": "machines.NAME", "sampling": f"profiles.{name}.sampling", "approvals": str(approvals.FILE)}
+        homes["pin"] = str(pins.FILE)
         for field, home in homes.items():
             if field not in getattr(getattr(recipe, section), "model_fields_set", ()):
                 continue
@@ -275,7 +299,8 @@ def load(path: Path = FILE, profile: str | None = None, machine: str | None = No
     distill = {each: _recipe(path, each, values, name, recipe, chosen) for each in students}
     for each, config in distill.items():
         _check(path, name, each, config, students[each], recipe)
-    return Params(name, host, students, recipe.requires, recipe, chosen, distill, approvals.read())
+    pin = pins.read().get(name)
+    return Params(name, host, students, recipe.requires, recipe, chosen, distill, approvals.read(), pin)
 
 
 def schema() -> dict[str, Any]:

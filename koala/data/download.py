@@ -96,10 +96,10 @@ def fetch(table: Path, config: DownloadConfig, shards: Path, logs: Path) -> None
     log = logs / "img2dataset.log"
     command = [sys.executable, "-m", "koala.data.workers", json.dumps(_options(table, columns, config, shards))]
     with ExitStack() as stack:
-        sidecar = stack.enter_context(_sidecar(config, table, logs) if config.sidecar else nullcontext())
+        helper = stack.enter_context(sidecar(config, _first_url(table), logs) if config.sidecar else nullcontext())
         process = stack.enter_context(guarded(command, log, _environment()))
         rows_done = sum(stats["count"] for stats in finished.values())
-        fetched = _watch(process, sidecar, shards, config, logs)
+        fetched = _watch(process, helper, shards, config, logs)
         for _ in progress(fetched, "download", total=rows, done=rows_done, unit="images"):
             pass
         told = _told(log)
@@ -175,9 +175,10 @@ def _environment() -> dict[str, str]:
 
 
 @contextmanager
-def _sidecar(config: DownloadConfig, table: Path, logs: Path) -> Iterator[subprocess.Popen[bytes]]:
+def sidecar(config: DownloadConfig, first_url: str, logs: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run the sidecar inside the block, once the host of the table's first URL accepts connections."""
-    host, port = _first_host(table)
+    url = urlsplit(first_url)
+    host, port = url.hostname or "", url.port or {"http": 80, "https": 443}[url.scheme]
     log = logs / "sidecar.log"
     with guarded(config.sidecar, log) as process:
         deadline = time.monotonic() + SIDECAR_SECONDS
@@ -196,13 +197,12 @@ def _check_sidecar(process: subprocess.Popen[bytes], log: Path) -> None:
         raise KoalaError(f"download.sidecar ended: {last_line(log).removeprefix('koala: ')}")
 
 
-def _first_host(table: Path) -> tuple[str, int]:
+def _first_url(table: Path) -> str:
     import pyarrow.parquet as pq
 
     part = min(table.glob("*.parquet"))
     first = next(pq.ParquetFile(part).iter_batches(batch_size=1, columns=["url"]))
-    url = urlsplit(first["url"][0].as_py())
-    return url.hostname or "", url.port or {"http": 80, "https": 443}[url.scheme]
+    return str(first["url"][0])
 
 
 def _accepts(host: str, port: int) -> bool:

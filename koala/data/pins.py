@@ -8,6 +8,7 @@
 `koala data update` moves a pin. Keep this module light to import: it is read with params.yaml.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,6 +35,11 @@ class Pin(Config):
     """What marks the content of each file, in the order in which they are read: SHA-256, or ETag and version on S3."""
     rows: int
     """Usable rows."""
+
+    @property
+    def digest(self) -> str:
+        """Return what tells this pin from others."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
 
 _PINS = TypeAdapter(dict[str, Pin])

@@ -86,6 +86,10 @@ class TableConfig(SourceConfig, ABC):
             raise ValueError("'revision' is for kind 'hub': `koala data update` pins the content of others")
         return self
 
+    def recipe(self) -> dict[str, Any]:
+        """Return the fields that decide what is made, with the pin's digest in place of all its files."""
+        return {**super().recipe(), "pin": self.pin and self.pin.digest}
+
     @property
     def wanted(self) -> tuple[str, ...]:
         """Return the columns that are read."""

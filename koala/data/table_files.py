@@ -53,8 +53,10 @@ class Files(ABC):
 
     names: tuple[str, ...]
     """Names under the location, in the order in which they are read."""
-    commit: str | None = None
-    """Commit that the files are of, on the Hub."""
+
+    def commit(self) -> str | None:
+        """Return the commit that a revision stands for now, on the Hub."""
+        return None
 
     @abstractmethod
     def mark(self, name: str) -> str:
@@ -153,29 +155,19 @@ class _OnDisk(Files):
 class _OnHub(Files):
     def __init__(self, config: TableConfig) -> None:
         self._repo = config.location
-        self._revision = config.revision or ""
-        if config.pin:
-            self._revision = config.pin.commit or self._revision
+        self._revision = (config.pin and config.pin.commit) or config.revision or ""
         self.names = config.files
         if any(map(_is_pattern, config.files)):
             self.names = _matches(config.files, self._all(), f"the data set {self._repo}")
 
-    @property
-    def commit(self) -> str:  # type: ignore[override]
-        """Return the commit that a branch stands at now."""
+    def commit(self) -> str:
         from huggingface_hub import HfApi
 
         with self._explained("the commit"):
             return str(HfApi().dataset_info(self._repo, revision=self._revision).sha)
 
     def mark(self, name: str) -> str:
-        """Return the mark of a file at a commit: it never changes."""
-        return "of the commit"
-
-    def check_pin(self, config: TableConfig) -> None:
-        """Accept: a commit's content is what it is. A pin of another data set is refused."""
-        if config.pin and config.pin.location != config.location:
-            super().check_pin(config)
+        return f"commit:{self._revision}"
 
     @contextmanager
     def fetched(self, name: str) -> Iterator[Path]:

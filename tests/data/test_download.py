@@ -220,7 +220,7 @@ def test_shards_do_not_reach_over_parts(tmp_path: Path, monkeypatch: pytest.Monk
         yield SimpleNamespace(poll=lambda: 0, returncode=0)
 
     monkeypatch.setattr(stage, "guarded", guarded)
-    with pytest.raises(KoalaError, match="^1 of 4 shards failed"):
+    with pytest.raises(KoalaError, match=r"^1 of 4 shards failed"):
         stage.fetch(table, config(shard_size=5), tmp_path, tmp_path)
     shard(tmp_path, 3, 2)
     stage.fetch(table, config(shard_size=5), tmp_path, tmp_path)
