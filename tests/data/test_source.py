@@ -42,6 +42,7 @@ ROWS: list[dict[str, Any]] = [
     {"link": "file:///etc/passwd", "text": "a file of mine", "aesthetic": 5, "extra": "x"},
     {"link": "ftp://example.com/4.jpg", "text": "an old server", "aesthetic": 5, "extra": "x"},
     {"link": "http://169.254.169.254/latest/meta-data", "text": "a cloud's secrets", "aesthetic": 5, "extra": "x"},
+    {"link": "http://nas.Internal:80/7.jpg", "text": "an office's disk", "aesthetic": 5, "extra": "x"},
     {"link": "http://example.com:8080/5.jpg", "text": "a zebra", "aesthetic": None, "extra": "x"},
     {"link": "http://example.com/6.jpg", "text": "an ass", "aesthetic": 6.5, "extra": "x"},
 ]
@@ -100,7 +101,7 @@ def test_every_format_gives_the_same_table(out: Path, recorder: Any, name: str) 
     assert table.schema.types == [pa.string(), pa.string(), pa.float64()]
     assert json.loads((out / "stats.json").read_text()) == {
         "rows": 3,
-        "dropped": {"no_caption": 2, "no_url": 1, "not_http": 2, "private_host": 1},
+        "dropped": {"no_caption": 2, "no_url": 1, "not_http": 2, "private_host": 2},
     }
 
 
@@ -238,6 +239,16 @@ def test_bounds_apply_before_the_download(out: Path, recorder: Any, name: str) -
     assert table["caption"].to_pylist() == ["number 1", "number 2"]
     assert table.schema.names == ["url", "caption"]
     assert dropped(out) == {"no_url": 1, "where.WIDTH": 1, "where.aesthetic": 3}
+
+
+def test_what_is_not_a_number_is_within_no_bounds(out: Path, recorder: Any) -> None:
+    write(Path("t.parquet"), [row | {"aesthetic": float("nan")} for row in urls(1)] + urls(2))
+    where = {"aesthetic": {"at_least": 1}}
+    assert (
+        make(out, recorder, kind="file", location="t.parquet", where=where, **COLUMNS)["caption"][0].as_py()
+        == "number 2"
+    )
+    assert dropped(out) == {"where.aesthetic": 1}
 
 
 def test_of_equal_urls_the_first_usable_stays(out: Path, recorder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
