@@ -424,6 +424,42 @@ def release_approve(
     approve(loaded.publish, name, artifact("evaluation", name), because, by)
 
 
+data = typer.Typer(no_args_is_help=True, help="See and pin the list of images, and follow a sample.")
+app.add_typer(data, name="data", rich_help_panel=TOOLS)
+
+
+@data.command("sample")
+def data_sample(
+    count: Annotated[int, typer.Argument(metavar="N", min=1, help="rows")] = 16,
+    pictures: Annotated[bool, typer.Option(help="fetch their pictures too")] = True,
+    out: Annotated[Path, typer.Option(help="the sheet of pictures")] = Path("sample.png"),
+    profile: ProfileName = None,
+) -> None:
+    """Show the first usable rows of the source, and their pictures."""
+    from koala import params as parameters
+    from koala.data.config import DownloadConfig
+    from koala.data.sample import sample
+
+    loaded = parameters.load(profile=profile)
+    download = loaded.config("download")
+    assert isinstance(download, DownloadConfig)
+    sample(loaded.source, download, count, out if pictures else None)
+
+
+@data.command("update")
+def data_update(profile: ProfileName = None) -> None:
+    """Pin the source's content as it is now; say what changed."""
+    from koala import params as parameters
+    from koala.data.tables import TableSource
+    from koala.data.update import update
+    from koala.runner import artifact
+
+    loaded = parameters.load(profile=profile)
+    if not isinstance(loaded.source, TableSource):
+        raise KoalaError(f"the source of profile {loaded.profile} is made by the project: it needs no pin")
+    update(loaded.profile, loaded.source, artifact("table", profile=loaded.profile))
+
+
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on random weights.")
 app.add_typer(bench, name="bench", rich_help_panel=TOOLS)
 
@@ -467,6 +503,24 @@ def bench_infer(
     from koala.bench.infer import bench
 
     bench(models or [], size, steps, dtype, compiled, out, plot)
+
+
+@bench.command("data")
+def bench_data(
+    rows: Annotated[
+        list[int] | None, typer.Option(min=1, help="rows of a list; may be repeated; left out: 10 k, 100 k, 1 M")
+    ] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="parquet, csv or jsonl; may be repeated; left out: all")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="measurements of each")] = 3,
+    out: Out = None,
+    plot: Plot = None,
+) -> None:
+    """Measure the stage source: rows/s and memory over a list's length."""
+    from koala.bench.data import bench
+
+    bench(rows or [], formats or [], rounds, out, plot)
 
 
 def main() -> None:

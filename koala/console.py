@@ -9,6 +9,7 @@ T = TypeVar("T")
 
 LOG_EVERY_SECONDS = 10.0
 _BAR_WIDTH = 24
+_FILE_WIDTH = 2_000  # characters of a table's line at most, where no terminal sets them
 
 
 def progress(
@@ -81,6 +82,24 @@ def show(text: str) -> None:
     """Write what a command gives to stdout, with a newline, and flush it."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> None:
+    """Write a table to stdout: as wide as the terminal, or as its cells where there is none. Cells are shown literally."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, caption=Text(caption), caption_justify="left")
+    for column in columns:
+        table.add_column(Text(column), overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    console.print(table)
 
 
 def hide_loading_bars() -> None:

@@ -17,6 +17,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from koala.config import BY_KIND, Config
+from koala.data import pins
 from koala.data.captions.config import RecaptionConfig, RecaptionMachine
 from koala.data.config import (
     DownloadConfig,
@@ -25,6 +26,7 @@ from koala.data.config import (
     EncodeMachine,
     FilterConfig,
     FilterMachine,
+    SourceConfig,
 )
 from koala.data.rules import Ascii, Aspect, Blocklist, Scores, Size, Words
 from koala.data.scores.aesthetic import Aesthetic
@@ -134,6 +136,18 @@ class Profile(Config):
     """What a student must reach to be released, and where it goes."""
 
     @model_validator(mode="after")
+    def _scores_are_there(self) -> Self:
+        there = (*self.source.score_columns, *(scorer.kind for scorer in self.score.scorers))
+        for rule in self.filter.rules:
+            named = [*rule.at_least, *rule.at_most] if isinstance(rule, Scores) else []
+            if absent := [column for column in named if column not in there]:
+                raise ValueError(
+                    f"filter.rules.scores names {absent[0]!r}, which neither source.score_columns nor score.scorers gives: "
+                    f"choose from {', '.join(there) or 'nothing'}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _rules_fit_metrics(self) -> Self:
         shared = [name for name, column in self.evaluate.columns().items() if column.of_teacher]
         for rule in self.publish.require:
@@ -233,6 +247,7 @@ class Params:
     _machine: Machine
     _distill: Mapping[str, DistillConfig]
     _approvals: tuple[approvals.Approval, ...]
+    _pin: pins.Pin | None
 
     @property
     def threads(self) -> int | None:
@@ -251,6 +266,12 @@ class Params:
         return self._distill[student]
 
     @property
+    def source(self) -> SourceConfig:
+        """Where the table comes from, at its pin if it has one."""
+        section = self.recipe.source
+        return section.model_copy(update={"pin": self._pin}) if isinstance(section, TableSource) else section
+
+    @property
     def publish(self) -> PublishConfig:
         """What a student must reach to be released, with the verdicts that a person overruled."""
         return self.recipe.publish.model_copy(update={"sampling": self.recipe.sampling, "approvals": self._approvals})
@@ -263,6 +284,8 @@ class Params:
             return self.distill(str(student))
         if stage == "publish":
             return self.publish
+        if stage == "source":
+            return self.source
         section: Config = getattr(self.recipe, "evaluate" if stage == "reference" else stage)
         shared = {"machine": getattr(self._machine, "evaluate" if stage == "reference" else stage, None)}
         shared["sampling"] = self.recipe.sampling
@@ -285,6 +308,7 @@ def load(path: Path = FILE, profile: str | None = None, machine: str | None = No
     recipe, chosen = document.profiles[name], document.machines[host]
     for section in Profile.model_fields:
         homes = {"machine": "machines.NAME", "sampling": f"profiles.{name}.sampling", "approvals": str(approvals.FILE)}
+        homes["pin"] = str(pins.FILE)
         for field, home in homes.items():
             if field not in getattr(getattr(recipe, section), "model_fields_set", ()):
                 continue
@@ -295,7 +319,8 @@ def load(path: Path = FILE, profile: str | None = None, machine: str | None = No
     distill = {each: _recipe(path, each, values, name, recipe, chosen) for each in students}
     for each, config in distill.items():
         _check(path, name, each, config, students[each], recipe)
-    return Params(name, host, students, recipe.requires, recipe, chosen, distill, approvals.read())
+    pin = pins.read().get(name)
+    return Params(name, host, students, recipe.requires, recipe, chosen, distill, approvals.read(), pin)
 
 
 def schema() -> dict[str, Any]:

@@ -181,9 +181,9 @@ def prepare(stage: str, student: str | None = None) -> Job:
     return Job(params, stage, student, params.config(stage, student), inputs, _made(declared, params.profile, student))
 
 
-def artifact(noun: str, student: str | None = None) -> Path:
-    """Return the folder of an artifact of the profile that params.yaml names."""
-    return Path(ARTIFACTS, parameters.load().profile, noun, student or "")
+def artifact(noun: str, student: str | None = None, profile: str | None = None) -> Path:
+    """Return the folder of an artifact of a profile; left out, of the one that params.yaml names."""
+    return Path(ARTIFACTS, profile or parameters.load().profile, noun, student or "")
 
 
 def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

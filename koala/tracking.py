@@ -10,6 +10,7 @@ process on the same host does.
 import json
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 _CONTENT = "content"  # tag of a registered version: the hash of what it holds
 _RUN_ID = "run_id"  # file in a work folder
+_NO_NAME = re.compile(r"[^\w\-. :/]")  # what the name of a parameter may not hold
 _LONGEST_PARAM = 6000  # MLflow's limit, in characters
 _MOST_PARAMS = 100  # MLflow's limit for one request
 # MLflow's UI has a view for language models and one for training, and opens the former unless told otherwise.
@@ -202,8 +204,8 @@ def _registered(client: "MlflowClient", model: str, content: str) -> str | None:
 
 
 def _as_logged(params: Mapping[str, Any]) -> dict[str, str]:
-    """Return params flat, as the strings that MLflow gives back."""
-    return {name: str(value)[:_LONGEST_PARAM] for name, value in flatten(params).items()}
+    """Return params flat, as the strings that MLflow gives back. A name may hold a column's, which may hold anything."""
+    return {_NO_NAME.sub("_", name): str(value)[:_LONGEST_PARAM] for name, value in flatten(params).items()}
 
 
 def _log_params(client: "MlflowClient", run_id: str, params: Mapping[str, str]) -> None:

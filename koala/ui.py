@@ -69,7 +69,7 @@ def build(models: "Mapping[str, StableDiffusionXLPipeline]", sampling: SamplingC
             steps = gradio.Slider(1, _STEPS, sampling.steps, step=1, label="Steps")
             guidance = gradio.Slider(0.0, _GUIDANCE, sampling.guidance, step=0.5, label="Guidance")
         button = gradio.Button("Generate", variant="primary")
-        outputs = []
+        outputs: list[Any] = []
         with gradio.Row():
             for model in models:
                 with gradio.Column():

@@ -131,6 +131,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(document))
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     shutil.copy(ROOT / "approvals.yaml", tmp_path)
+    shutil.copy(ROOT / "source.lock.yaml", tmp_path)
     (tmp_path / "infra").symlink_to(ROOT / "infra")
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)

@@ -168,7 +168,16 @@ def dvc(project: Path, *arguments: str) -> str:
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A checkout of its own, of which nothing was run."""
-    for name in ("koala", "infra", "approvals.yaml", "dvc.yaml", "params.yaml", ".dvcignore", ".gitignore"):
+    for name in (
+        "koala",
+        "infra",
+        "approvals.yaml",
+        "source.lock.yaml",
+        "dvc.yaml",
+        "params.yaml",
+        ".dvcignore",
+        ".gitignore",
+    ):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     (tmp_path / ".dvc").mkdir()

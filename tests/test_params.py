@@ -10,6 +10,8 @@ import yaml
 
 from koala import params as parameters
 from koala.config import Config
+from koala.data import pins
+from koala.data.pins import Pin
 from koala.errors import KoalaError
 from koala.params import load
 
@@ -354,3 +356,27 @@ def test_params_yaml_fits_its_schema() -> None:
     broken["profiles"]["demo"]["filter"]["rules"]["colour"] = {}
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(broken, parameters.schema())
+
+
+def test_a_rule_on_a_column_that_is_not_carried_along_is_said_before_any_download(workspace: Path, edit) -> None:
+    edit(lambda document: document["profiles"]["smoke"]["filter"]["rules"].update(scores={"at_most": {"beauty": 9}}))
+    with pytest.raises(
+        KoalaError,
+        match=r"filter.rules.scores names 'beauty', which source.score_columns does not .*: choose from aesthetic",
+    ):
+        load()
+
+
+def test_a_pin_stands_in_its_own_file(workspace: Path, edit) -> None:
+    """It is the profile's own, and the source's configuration has it."""
+    pin = Pin(location="list.csv", files={"list.csv": "sha256:0"}, rows=3)
+    pins.write({"smoke": pin, "other": pin.model_copy(update={"rows": 4})})
+    assert "pin" not in load().config("source").recipe()  # the demo's pictures need none
+    source = {"kind": "file", "location": "list.csv", "score_columns": ["aesthetic"]}
+    edit(lambda document: document["profiles"]["smoke"].update(source=source))
+    loaded = load()
+    assert loaded.source.pin == pin  # type: ignore[attr-defined]
+    assert loaded.config("source").recipe()["pin"] == pin.digest
+    edit(lambda document: document["profiles"]["smoke"]["source"].update(pin={"location": "x", "files": {}, "rows": 1}))
+    with pytest.raises(KoalaError, match=r"profiles.smoke.source.pin: it stands under source.lock.yaml: move it there"):
+        load()

@@ -70,6 +70,13 @@ def test_a_stages_run_has_parameters_parent_and_provenance(open_run, monkeypatch
     assert found.data.metrics == {"loss": 0.5}
 
 
+def test_names_of_columns_may_hold_what_mlflows_names_may_not(open_run) -> None:
+    with open_run({"source": {"where": {"größe (px)=1": {"at_least": 2}}}}):
+        pass
+    (found,) = runs()
+    assert found.data.params == {"source.where.größe _px__1.at_least": "2"}
+
+
 def test_more_parameters_than_mlflow_takes_at_once(open_run) -> None:
     many = {f"p{number}": number for number in range(250)}
     with open_run(many):

@@ -21,7 +21,7 @@ def describe() -> dict[str, Any]:
     """Return the device's name and the versions that the figures belong to."""
     device = default_device()
     name = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
     )
     found: dict[str, Any] = {
         "device": name,
@@ -33,7 +33,8 @@ def describe() -> dict[str, Any]:
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the CPU's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

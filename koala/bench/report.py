@@ -99,6 +99,28 @@ def _why(row: Figures) -> str:
     return "out of memory" if row.get("out_of_memory") else f"failed, status {row['failed']}"
 
 
+def data(found: dict[str, Any], out: Path | None, plot: Path | None) -> None:
+    """Show `koala bench data`'s table: how speed and memory go with a list's length."""
+    table = [["list", "rows", "rows/s", "rows a CPU second", "memory, MiB"]]
+    for row in found["rows"]:
+        if "seconds" not in row:
+            table.append([row["name"], f"{row['rows']:,}", _why(row), "-", "-"])
+            continue
+        speeds = [row["rows"] / seconds for seconds in row["seconds_of_rounds"] if seconds]
+        spread = f" ({min(speeds):,.0f} to {max(speeds):,.0f})" if len(speeds) > 1 else ""
+        table.append(
+            [
+                row["name"],
+                f"{row['rows']:,}",
+                f"{row['rows'] / row['seconds']:,.0f}{spread}",
+                f"{row['rows'] / row['cpu_seconds']:,.0f}",
+                f"{row['peak_bytes'] / 2**20:,.0f}",
+            ]
+        )
+    _print(found, [table])
+    _save(found, out, plot, _data_figure)
+
+
 def _with_range(value: float, rounds: Sequence[float | None]) -> str:
     """Return a figure and, of several rounds, the range."""
     known = [each for each in rounds if each is not None]
@@ -178,4 +200,25 @@ def _infer_figure(found: dict[str, Any]) -> "Figure":
         axes.set_title(title, loc="left", fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].invert_yaxis()
+    return figure
+
+
+def _data_figure(found: dict[str, Any]) -> "Figure":
+    """Plot two panels over the number of rows: rows/s, and memory."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in found["rows"] if "seconds" in row]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    panels = {
+        "thousand rows/s": lambda row: row["rows"] / row["seconds"] / 1_000,
+        "memory at its peak, MiB": lambda row: row["peak_bytes"] / 2**20,
+    }
+    for axes, (title, value) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for name in dict.fromkeys(row["name"] for row in rows):
+            own = [row for row in rows if row["name"] == name]
+            axes.plot([row["rows"] for row in own], list(map(value, own)), marker="o", label=name)
+        axes.set(xscale="log", xlabel="rows of the list", ylim=(0, None))
+        axes.set_title(title, loc="left", fontsize="medium")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False)
     return figure

@@ -50,7 +50,7 @@ class SourceConfig(Config, ABC):
 
     @abstractmethod
     def tables(self, dropped: Counter[str]) -> Iterator[Any]:
-        """Yield pyarrow tables of usable rows: url and caption (string), score columns (float64).
+        """Yield pyarrow tables of usable rows, `rows` at most: url and caption (string), scores (float64), carried columns.
 
         Counts the other rows in `dropped`, by reason. Raises KoalaError if the list cannot be read.
         """

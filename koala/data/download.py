@@ -54,7 +54,7 @@ def download(config: DownloadConfig, table: Path, out: Path, run: Run) -> None:
     shards = state / "shards"
     shards.mkdir(parents=True, exist_ok=True)
     _move_shards(out, shards)
-    fetch(table / "table.parquet", config, shards, state)
+    fetch(table, config, shards, state)
     stats = summarise(shards)
     if not stats["status"]["success"]:
         raise KoalaError(
@@ -79,15 +79,13 @@ def _move_shards(source: Path, target: Path) -> None:
 
 
 def fetch(table: Path, config: DownloadConfig, shards: Path, logs: Path) -> None:
-    """Fetch every shard of the table that is not finished in the folder `shards`.
+    """Fetch every shard of the table (a folder of parts) that is not finished in the folder `shards`.
 
     Raises KoalaError if a process fails or a shard stays unfinished.
     """
-    import pyarrow.parquet as pq
-
-    rows = pq.read_metadata(table).num_rows
-    columns = pq.read_schema(table).names
-    count = math.ceil(rows / config.shard_size)
+    parts, columns = _parts(table)
+    # img2dataset shards each part by itself: the last shard of one may be smaller.
+    rows, count = sum(parts.values()), sum(math.ceil(rows / config.shard_size) for rows in parts.values())
     shutil.rmtree(shards / "_tmp", ignore_errors=True)
     _discard_unfinished(shards)
     finished = _stats(shards)
@@ -98,10 +96,10 @@ def fetch(table: Path, config: DownloadConfig, shards: Path, logs: Path) -> None
     log = logs / "img2dataset.log"
     command = [sys.executable, "-m", "koala.data.workers", json.dumps(_options(table, columns, config, shards))]
     with ExitStack() as stack:
-        sidecar = stack.enter_context(_sidecar(config, table, logs) if config.sidecar else nullcontext())
+        helper = stack.enter_context(sidecar(config, _first_url(table), logs) if config.sidecar else nullcontext())
         process = stack.enter_context(guarded(command, log, _environment()))
         rows_done = sum(stats["count"] for stats in finished.values())
-        fetched = _watch(process, sidecar, shards, config, logs)
+        fetched = _watch(process, helper, shards, config, logs)
         for _ in progress(fetched, "download", total=rows, done=rows_done, unit="images"):
             pass
         told = _told(log)
@@ -117,6 +115,16 @@ def fetch(table: Path, config: DownloadConfig, shards: Path, logs: Path) -> None
             f"{lacking} of {count} shards failed: {told[-1] if told else last_line(log)} (see {log}); "
             "run again: the others are kept"
         )
+
+
+def _parts(table: Path) -> tuple[dict[Path, int], list[str]]:
+    """Return the rows of each part of the table, and its columns. Raises KoalaError if there is no part."""
+    import pyarrow.parquet as pq
+
+    parts = {file: pq.read_metadata(file).num_rows for file in sorted(table.glob("*.parquet"))}
+    if not parts:
+        raise KoalaError(f"{table} has no part-00000.parquet: make the table again")
+    return parts, pq.read_schema(next(iter(parts))).names
 
 
 def _told(log: Path) -> list[str]:
@@ -167,9 +175,10 @@ def _environment() -> dict[str, str]:
 
 
 @contextmanager
-def _sidecar(config: DownloadConfig, table: Path, logs: Path) -> Iterator[subprocess.Popen[bytes]]:
+def sidecar(config: DownloadConfig, first_url: str, logs: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run the sidecar inside the block, once the host of the table's first URL accepts connections."""
-    host, port = _first_host(table)
+    url = urlsplit(first_url)
+    host, port = url.hostname or "", url.port or {"http": 80, "https": 443}[url.scheme]
     log = logs / "sidecar.log"
     with guarded(config.sidecar, log) as process:
         deadline = time.monotonic() + SIDECAR_SECONDS
@@ -188,12 +197,12 @@ def _check_sidecar(process: subprocess.Popen[bytes], log: Path) -> None:
         raise KoalaError(f"download.sidecar ended: {last_line(log).removeprefix('koala: ')}")
 
 
-def _first_host(table: Path) -> tuple[str, int]:
+def _first_url(table: Path) -> str:
     import pyarrow.parquet as pq
 
-    first = next(pq.ParquetFile(table).iter_batches(batch_size=1, columns=["url"]))
-    url = urlsplit(first["url"][0].as_py())
-    return url.hostname or "", url.port or {"http": 80, "https": 443}[url.scheme]
+    part = min(table.glob("*.parquet"))
+    first = next(pq.ParquetFile(part).iter_batches(batch_size=1, columns=["url"]))
+    return str(first["url"][0])
 
 
 def _accepts(host: str, port: int) -> bool:

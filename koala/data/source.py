@@ -1,15 +1,17 @@
 """The stage `source`: the table of image URLs and captions to download.
 
-`out` gets table.parquet (url, caption: string; score columns: float64) and stats.json (rows, and dropped rows by reason).
+`out` gets part-00000.parquet, part-00001.parquet, ... of a million rows each (url, caption: string; score columns: float64;
+carried columns: string, int64 or float64), in the list's order, and stats.json (rows, and dropped rows by reason).
 """
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from koala.console import say
@@ -18,13 +20,18 @@ from koala.errors import KoalaError
 from koala.run import Run
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from types import TracebackType
+
+PART_ROWS = 1_000_000
+"""Rows of a part: what img2dataset holds in memory at a time."""
+GROUP_ROWS = 50_000
+"""Rows of a parquet row group."""
 
 
 def source(config: SourceConfig, out: Path, run: Run) -> None:
     """Write the table that `config` describes. Raises KoalaError if the list cannot be read or has no usable row."""
     dropped: Counter[str] = Counter()
-    rows = write_table(config.tables(dropped), out / "table.parquet", config.rows)
+    rows = write_parts(config.tables(dropped), out)
     stats = {"rows": rows, "dropped": dict(sorted(dropped.items()))}
     if not rows:
         raise KoalaError(
@@ -36,22 +43,69 @@ def source(config: SourceConfig, out: Path, run: Run) -> None:
     say(f"source: {rows} rows, {dropped.total()} dropped")
 
 
-def write_table(tables: "Iterable[pa.Table]", path: Path, limit: int | None) -> int:
-    """Write the first `limit` rows of `tables` (all of them if None) to one parquet file. Return the number of rows."""
+def write_parts(tables: Iterable[pa.Table], folder: Path, part_rows: int = PART_ROWS) -> int:
+    """Write tables to parts of `part_rows` rows in `folder`, in place of those that are there. Return the number of rows.
+
+    The bytes depend on the rows alone, not on how they come in batches.
+    """
+    for old in folder.glob("part-*"):
+        old.unlink()
     written = 0
-    writer = None
-    unfinished = path.with_suffix(".part")
-    try:
-        for table in tables:
-            part = table.slice(0, None if limit is None else limit - written)
-            writer = writer or pq.ParquetWriter(unfinished, part.schema)
-            writer.write_table(part)
-            written += part.num_rows
-            if written == limit:
-                break
-    finally:
-        if writer:
-            writer.close()
-    if written:
-        os.replace(unfinished, path)
+    with _Parts(folder) as parts:
+        for group in _groups(tables, part_rows):
+            parts.write(group, new=written % part_rows == 0)
+            written += len(group)
     return written
+
+
+def _groups(tables: Iterable[pa.Table], part_rows: int) -> Iterator[pa.Table]:
+    """Yield the rows in row groups of GROUP_ROWS, the last of each part excepted."""
+    waiting: list[pa.Table] = []
+    have = given = 0
+    for table in tables:
+        waiting.append(table)
+        have += len(table)
+        while have >= (size := min(GROUP_ROWS, part_rows - given % part_rows)):
+            whole = pa.concat_tables(waiting)
+            yield whole.slice(0, size).combine_chunks()
+            given, have = given + size, have - size
+            waiting = [whole.slice(size)]
+    if have:
+        yield pa.concat_tables(waiting).combine_chunks()
+
+
+class _Parts:
+    """The part that is being written. It has its name once it is whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._count = 0
+        self._writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> "_Parts":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: "TracebackType | None") -> None:
+        self._close(whole=kind is None)
+
+    def write(self, group: pa.Table, new: bool) -> None:
+        if new:
+            self._close(whole=True)
+            self._count += 1
+        self._writer = self._writer or pq.ParquetWriter(self._file.with_suffix(".part"), group.schema)
+        self._writer.write_table(group, row_group_size=len(group))
+
+    @property
+    def _file(self) -> Path:
+        return self._folder / f"part-{self._count - 1:05d}.parquet"
+
+    def _close(self, whole: bool) -> None:
+        if self._writer is None:
+            return
+        self._writer.close()
+        self._writer = None
+        unfinished = self._file.with_suffix(".part")
+        if whole:
+            os.replace(unfinished, self._file)
+        else:
+            unfinished.unlink()

@@ -40,11 +40,17 @@ def config(threads: int = 8, **changes: Any) -> DownloadConfig:
 
 
 def write_table(urls: list[str]) -> Path:
+    """A table in parts of ROWS rows."""
     folder = Path("table")
     folder.mkdir(exist_ok=True)
     captions = [f"caption {number} é" for number in range(len(urls))]
     scores = [number / 4 for number in range(len(urls))]
-    pq.write_table(pa.table({"url": urls, "caption": captions, "aesthetic": scores}), folder / "table.parquet")
+    licences = [f"by-{number}" if number % 2 else None for number in range(len(urls))]
+    table = pa.table(
+        {"url": urls, "caption": captions, "aesthetic": scores, "licence": licences, "id": range(len(urls))}
+    )
+    for part, first in enumerate(range(0, len(urls), ROWS)):
+        pq.write_table(table.slice(first, ROWS), folder / f"part-{part:05d}.parquet")
     return folder
 
 
@@ -150,6 +156,8 @@ def test_a_killed_download_goes_on_and_every_fault_has_its_outcome(out: Path, re
         row = urls.index(sample.meta["url"])
         assert sample.caption == f"caption {row} é"
         assert sample.meta["aesthetic"] == row / 4
+        assert sample.meta["licence"] == (f"by-{row}" if row % 2 else None)
+        assert sample.meta["id"] == row
         side = sample.meta["original_width"]
         assert sample.meta["original_height"] == side
         assert sample.meta["width"] == min(side, 32), "small images are not blown up"
@@ -195,7 +203,30 @@ def test_nothing_downloaded_is_one_line_and_is_tried_again(
     assert len(tries) == 2
     assert not recorder.logged
     assert tries[0]["thread_count"] == 8
-    assert tries[0]["url_list"] == "table/table.parquet"
+    assert tries[0]["url_list"] == "table"
+
+
+def test_shards_do_not_reach_over_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """img2dataset shards each part by itself: 12 and 2 rows in shards of 5 are 3 and 1."""
+    monkeypatch.chdir(tmp_path)
+    table = write_table(["http://127.0.0.1:9/ok/00001.jpg"] * 14)
+    for number, rows in enumerate((5, 5, 2)):
+        shard(tmp_path, number, rows)
+    started = []
+
+    @contextmanager
+    def guarded(command: Sequence[str], log: Path, environment: Any) -> Iterator[SimpleNamespace]:
+        started.append(command)
+        yield SimpleNamespace(poll=lambda: 0, returncode=0)
+
+    monkeypatch.setattr(stage, "guarded", guarded)
+    with pytest.raises(KoalaError, match=r"^1 of 4 shards failed"):
+        stage.fetch(table, config(shard_size=5), tmp_path, tmp_path)
+    shard(tmp_path, 3, 2)
+    stage.fetch(table, config(shard_size=5), tmp_path, tmp_path)
+    assert len(started) == 1
+    with pytest.raises(KoalaError, match=r"^empty has no part-00000.parquet: make the table again"):
+        stage.fetch(Path("empty"), config(), tmp_path, tmp_path)
 
 
 def test_another_speed_or_route_resumes() -> None:

@@ -35,6 +35,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "flows",
         "infra",
         "approvals.yaml",
+        "source.lock.yaml",
         "dvc.yaml",
         "params.yaml",
         "prefect.toml",

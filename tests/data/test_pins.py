@@ -1,0 +1,182 @@
+"""Pins of source lists, and `koala data update`, which moves them: on disk, on an S3 server, on a stand-in for the Hub."""
+
+import json
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from koala.data import pins
+from koala.data.source import source
+from koala.data.tables import TableSource
+from koala.data.update import update
+from koala.errors import KoalaError
+
+NOTHING = Path("nothing")
+
+
+def write(name: str, *numbers: int) -> Path:
+    file = Path(name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("url,caption\n" + "".join(f"https://example.com/{number}.jpg,a picture\n" for number in numbers))
+    return file
+
+
+def pinned(config: TableSource) -> TableSource:
+    """The configuration as params.yaml's profile `mine` gives it."""
+    return config.model_copy(update={"pin": pins.read().get("mine")})
+
+
+def make(config: TableSource, out: Path, recorder: Any) -> None:
+    out.mkdir(exist_ok=True)
+    source(pinned(config), out=out, run=recorder)
+
+
+def test_a_changed_file_is_refused_until_its_pin_is_moved(
+    out: Path, recorder: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TableSource(kind="file", location="lists")
+    write("lists/a.csv", 1, 2, 3)
+    make(config, out, recorder)  # without a pin, as ever
+    update("mine", config, NOTHING)
+    first = pins.read()["mine"]
+    assert capsys.readouterr().out == "mine: lists is pinned: 1 files, 3 usable rows\n"
+    make(config, out, recorder)
+    assert pinned(config).recipe()["pin"] == first.digest
+
+    write("lists/a.csv", 2, 3, 4, 5)
+    with pytest.raises(
+        KoalaError, match=r"^lists is not what source.lock.yaml pins \(a.csv changed\): run `koala data"
+    ):
+        make(config, Path("refused"), recorder)
+    update("mine", pinned(config), out)
+    second = pins.read()["mine"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"mine: a.csv: {first.files['a.csv']} -> {second.files['a.csv']}",
+        "mine: usable rows 3 -> 4",
+        "mine: 2 rows added and 1 removed, by URL, beside the table in out",
+    ]
+    assert second.digest != first.digest
+    make(config, out, recorder)
+
+    before = pins.FILE.read_bytes()
+    update("mine", pinned(config), out)
+    assert capsys.readouterr().out == "mine: lists is what the pin says: 4 usable rows\n"
+    assert pins.FILE.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda: write("lists/b.csv", 9), "b.csv is new"),
+        (lambda: Path("lists/a.csv").rename("lists/0.csv"), "a.csv is gone"),
+    ],
+)
+def test_files_that_come_and_go_are_noticed(out: Path, recorder: Any, change: Callable[[], Any], what: str) -> None:
+    config = TableSource(kind="file", location="lists")
+    write("lists/a.csv", 1)
+    update("mine", config, NOTHING)
+    change()
+    with pytest.raises(KoalaError, match=rf"pins \({what}\)"):
+        make(config, out, recorder)
+    write("other/a.csv", 1)
+    with pytest.raises(KoalaError, match=r"^other is not what .* \(the pin is of lists\)"):
+        make(TableSource(kind="file", location="other"), out, recorder)
+
+
+def test_nothing_usable_is_not_pinned(out: Path) -> None:
+    Path("t.csv").write_text("url,caption\nftp://example.com/1.jpg,a\n")
+    with pytest.raises(
+        KoalaError, match=r"^t.csv holds no usable row \(dropped: \{'not_http': 1\}\): nothing is pinned"
+    ):
+        update("mine", TableSource(kind="file", location="t.csv"), NOTHING)
+    assert not pins.FILE.exists()
+
+
+def test_pins_of_profiles_stand_side_by_side_and_a_damaged_file_is_said(out: Path) -> None:
+    for profile in ("b", "a"):
+        update(profile, TableSource(kind="file", location=str(write(f"{profile}.csv", 1))), NOTHING)
+    assert list(pins.read()) == ["a", "b"]
+    pins.FILE.write_text("a: {location: x}\n")
+    with pytest.raises(KoalaError, match=r"^source.lock.yaml is damaged: restore it from git"):
+        pins.read()
+
+
+def test_an_s3_object_is_pinned_by_etag_and_version(out: Path, recorder: Any, s3_server: tuple[str, int]) -> None:
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="lists")
+    config = TableSource(kind="s3", location="s3://lists/a.csv")
+    client.upload_file(str(write("a.csv", 1)), "lists", "a.csv")
+    update("mine", config, NOTHING)
+    assert pins.read()["mine"].files["a.csv"].startswith("etag:")
+    make(config, out, recorder)
+    client.upload_file(str(write("a.csv", 2)), "lists", "a.csv")
+    with pytest.raises(KoalaError, match=r"^s3://lists/a.csv is not what .* \(a.csv changed\)"):
+        make(config, out, recorder)
+
+    client.put_bucket_versioning(Bucket="lists", VersioningConfiguration={"Status": "Enabled"})
+    client.upload_file(str(write("a.csv", 2)), "lists", "a.csv")
+    update("mine", pinned(config), NOTHING)
+    assert " version:" in pins.read()["mine"].files["a.csv"]
+    make(config, out, recorder)
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """A data set of one file, whose branch `main` stands at `commit`."""
+
+    commit = "a" * 40
+    lists: dict[str, bytes] = {}  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/api/datasets/us/list/revision/"):
+            return self.answer(json.dumps({"id": "us/list", "sha": self.commit}).encode())
+        revision = self.path.split("/")[5]
+        return self.answer(self.lists[revision], revision)
+
+    def answer(self, body: bytes, revision: str = "") -> None:
+        self.send_response(200)
+        self.send_header("ETag", f'"{revision}"')
+        self.send_header("X-Repo-Commit", revision)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_a_branch_of_the_hub_is_pinned_at_its_commit(
+    out: Path,
+    recorder: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    as_hub: Callable[[type[BaseHTTPRequestHandler]], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from huggingface_hub import constants
+
+    as_hub(_Hub)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    one, other = "a" * 40, "b" * 40
+    _Hub.lists = {one: write("a.csv", 1, 2).read_bytes(), other: write("a.csv", 2, 3, 4).read_bytes()}
+    _Hub.commit = one
+    config = TableSource(kind="hub", location="us/list", files=("a.csv",), revision="main")
+    update("mine", config, NOTHING)
+    _Hub.commit = other
+    make(config, out, recorder)  # the branch moved, the pin did not
+    assert recorder.logged["rows"] == 2
+    capsys.readouterr()
+    update("mine", pinned(config), out)
+    assert capsys.readouterr().out.splitlines() == [
+        f"mine: commit {one} -> {other}",
+        "mine: usable rows 2 -> 3",
+        "mine: 2 rows added and 1 removed, by URL, beside the table in out",
+    ]
+    make(config, out, recorder)
+    assert recorder.logged["rows"] == 3
