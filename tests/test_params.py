@@ -362,7 +362,7 @@ def test_a_rule_on_a_column_that_is_not_carried_along_is_said_before_any_downloa
     edit(lambda document: document["profiles"]["smoke"]["filter"]["rules"].update(scores={"at_most": {"beauty": 9}}))
     with pytest.raises(
         KoalaError,
-        match=r"filter.rules.scores names 'beauty', which source.score_columns does not .*: choose from aesthetic",
+        match=r"filter.rules.scores names 'beauty', which neither .*: choose from aesthetic",
     ):
         load()
 
