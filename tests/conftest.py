@@ -39,6 +39,7 @@ SLOW = (
     "evaluate/test_evaluate.py",
     "evaluate/test_images.py",
     "flows/",
+    "infra/",
     "pipeline/",
     "publish/test_hub.py",
     "publish/test_lora.py",
@@ -50,6 +51,7 @@ SLOW = (
     "test_examples.py",
     "test_process.py",
     "test_runner.py",
+    "test_status.py",
     "test_tracking.py",
     "unet/test_cost.py",
 )
