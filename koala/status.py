@@ -32,7 +32,7 @@ def status(as_json: bool, seconds: float = SECONDS) -> None:
     """Print where things stand, as text or as JSON. Raises KoalaError where params.yaml cannot be read."""
     loaded = parameters.load()
     parts: dict[str, Callable[[], Any]] = {
-        "runs": lambda: flow_runs(seconds),
+        "flow runs": lambda: flow_runs(seconds),
         "champions": lambda: champions(loaded),
         "data": lambda: data(loaded),
         "to compute": lambda: to_compute(0.9 * seconds),  # its process ends before this one does
@@ -121,7 +121,7 @@ def to_compute(seconds: float) -> list[str]:
 
 
 def _screen(where: Mapping[str, str], found: Mapping[str, Any]) -> str:
-    runs, champion, source, stages = found["runs"], found["champions"], found["data"], found["to compute"]
+    runs, champion, source, stages = found["flow runs"], found["champions"], found["data"], found["to compute"]
     parts: dict[str, Callable[[], str]] = {
         "Runs and what waits": lambda: _table(runs),
         "Champions": lambda: "\n".join(f"{student}  {version}" for student, version in champion.items()),

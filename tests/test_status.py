@@ -81,7 +81,7 @@ def test_all_parts_on_one_screen_and_as_json(project: Path, capsys: pytest.Captu
     module.status(as_json=True, seconds=120)
     found = json.loads(capsys.readouterr().out)
     assert found["profile"] == "smoke"
-    assert [(run["name"], run["pool"], run["host"]) for run in found["runs"]] == [
+    assert [(run["name"], run["pool"], run["host"]) for run in found["flow runs"]] == [
         ("distill@koala-700m", "gpu", "mars"),  # what runs comes first
         ("distill koala-1b", "-", "-"),
     ]
