@@ -232,7 +232,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
     seconds: Annotated[float, typer.Option(min=1, help="time limit of the answers")] = 20,
 ) -> None:
-    """Show what runs, what waits, the champions, the data, and what `dvc repro` would compute."""
+    """Show what runs, what waits, the champions and what is stale."""
     from koala.status import status as command
 
     command(as_json, seconds)
