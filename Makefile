@@ -20,7 +20,7 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve repro test test-fast lint format clean
+.PHONY: help install demo serve join repro test test-fast lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ demo: install ## the whole pipeline for all students at the demo profile, on a C
 
 serve: install ## Prefect (server, worker, deployments) and MLflow's UI on loopback (PREFECT_PORT=4200 MLFLOW_PORT=5000)
 	@$(BIN)/python -m flows.serve --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+
+join: install ## this machine joins a pool of a team's server (POOL=gpu SERVER=http://HOST:4200/api)
+	@$(BIN)/python -m flows.join --pool $(POOL) $(if $(SERVER),--server $(SERVER))
 
 repro: install ## the pipeline by DVC alone, at the profile that params.yaml names
 	@$(BIN)/dvc repro

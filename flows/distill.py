@@ -5,6 +5,8 @@
 
 The stages run one after another, in one worktree: each may take all of the machine, and DVC locks what it writes. A task
 keeps no cache and no result, since DVC is the cache: a stage that is up to date costs about a second.
+
+With `pools`, each stage runs on a machine of the pool that dvc.yaml names for it (flows/pools.py).
 """
 
 import argparse
@@ -20,17 +22,19 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from prefect import Flow, flow, get_run_logger, settings, task
+from prefect import flow, get_run_logger, settings, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import FlowRun, State, TaskRun
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run as current
 from prefect.states import Completed, Failed
 from prefect.tasks import Task
 
 from flows.lost import close_lost_runs, label
+from flows.pools import bring_back, commit, run_in_pool
 from flows.report import make_artifacts, show_report
-from flows.repro import clean_up, reproduce
+from flows.repro import reproduce
 from flows.services import HOME, Service, ServiceError, free_port, prefect_server
+from flows.stage import after_the_end, state_of
 from flows.stages import LAST_STAGE, PipelineError, Stage, machine, pipeline, profile, students
 from koala import tracking
 from koala.console import say
@@ -53,11 +57,6 @@ def _name(student: str) -> str:
     return " ".join(filter(None, ["distill", student, commit[:7] + (f"-{dirty}" if dirty else "")]))
 
 
-def after_the_end(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Clean up after a run that was cancelled or that died. The worker calls it, since the run's own process is gone."""
-    clean_up(str(flow_run.id))
-
-
 @flow(
     name="distill",
     flow_run_name=run_name,
@@ -65,26 +64,34 @@ def after_the_end(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) ->
     on_crashed=[after_the_end],
     persist_result=False,
 )
-def distill(student: str) -> State[Any]:
-    """Bring a student's release up to date with the code, the parameters and the data."""
+def distill(student: str, pools: bool = False) -> State[Any]:
+    """Bring a student's release up to date with the code, the parameters and the data.
+
+    pools: run each stage on a machine of its pool, not in this checkout.
+    """
     flow_run = str(current.get_id())
     label(flow_run)
     try:
         stages = pipeline(f"{LAST_STAGE}@{student}")
         params = {"student": student, "profile": profile(), "machine": machine(), "commit": git_commit() or "unknown"}
+        at = commit() if pools else None
         with tracking.flow_run(f"koala-{profile()}", _name(student), flow_run, params) as run:
-            _run_all(stages, flow_run, run.id)
+            _run_all(stages, flow_run, run.id, at)
+            if pools:
+                bring_back(f"evaluate@{student}", flow_run, run.id, show=get_run_logger().info)
             make_artifacts(student, stages, run)
     except (PipelineError, StageError) as error:
         return Failed(message=str(error))  # one line, where an exception would bring a traceback
     return Completed(message=f"{student} is up to date")
 
 
-def _run_all(stages: list[Stage], flow_run: str, parent_run: str) -> None:
+def _run_all(stages: list[Stage], flow_run: str, parent_run: str, at: str | None) -> None:
+    """Run the stages: here, or in their pools at commit `at`. Raises StageError."""
     done: dict[str, State[Any]] = {}
     for stage in stages:
         upstream = [done[name] for name in stage.upstream]
-        state = stage_task(stage)(stage.name, flow_run, parent_run, wait_for=upstream, return_state=True)
+        where = (stage.pool, at) if at else None
+        state = stage_task(stage)(stage.name, flow_run, parent_run, where, wait_for=upstream, return_state=True)
         if not state.is_completed():
             raise StageError(f"{stage.name}: {state.message}")
         done[stage.name] = state
@@ -96,13 +103,13 @@ def worth_a_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) ->
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=worth_a_retry)
-def run_stage(stage: str, flow_run: str, parent_run: str) -> State[Any]:
-    """Run one stage by DVC, its output in the run's log."""
-    outcome = reproduce(stage, flow_run, parent_run, show=get_run_logger().info)
-    if outcome.status == 0:
-        return Completed()
-    name = "Stopped" if outcome.stopped else "Refused" if outcome.fixable else "Failed"
-    return Failed(name=name, message=outcome.complaint)
+def run_stage(stage: str, flow_run: str, parent_run: str, where: tuple[str, str] | None = None) -> State[Any]:
+    """Run one stage by DVC, its output in the run's log. where: the pool and the commit, if not in this checkout."""
+    if where is None:
+        return state_of(reproduce(stage, flow_run, parent_run, show=get_run_logger().info))
+    pool, at = where
+    ended = run_in_pool(stage, pool, parent_run, at)
+    return Completed() if ended.is_completed() else Failed(name=ended.name, message=ended.message)
 
 
 def stage_task(stage: Stage) -> Task[..., Any]:

@@ -10,8 +10,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from flows.processes import GRACE_SECONDS, end, guarded, release
+from flows.stages import LOCK, pipeline
 from koala.tracking import FLOW_RUN, PARENT_RUN, close_runs
 
 FIXABLE = 2
@@ -51,9 +55,47 @@ def reproduce(stage: str, flow_run: str, parent_run: str, show: Callable[[str], 
     (SIGTERM that became an exception, Ctrl-C) ends the stage and all its descendants first. SIGKILL of this process
     ends them too.
     """
+    # Without --single-item, each of several flow runs in one worktree walks upstream again.
+    return _dvc(["repro", "--single-item", stage], flow_run, parent_run, show)
+
+
+def reproduce_in_clone(stage: str, flow_run: str, parent_run: str, show: Callable[[str], None]) -> Outcome:
+    """Run one stage in a fresh clone, unless some machine has computed it: then restore it from the remote's run cache.
+
+    What it makes is pushed. Of what other stages made, only what this one reads is fetched, where dvc.lock names it. The
+    arguments are those of `reproduce`.
+    """
+
+    def dvc(*arguments: str) -> Outcome:
+        return _dvc(arguments, flow_run, parent_run, show)
+
+    # With --allow-missing, DVC says "didn't change" of a stage that never ran where what it reads is missing. So that comes first.
+    # And never --single-item: it would say the same, or restore what an old dvc.lock names.
+    reads = [name for name in pipeline(stage)[-1].upstream if name in _locked()]
+    if reads and (outcome := dvc("pull", *reads)).status:
+        return outcome
+    if (outcome := dvc("repro", "--pull", "--allow-missing", stage)).status:
+        return outcome
+    if stage not in _locked():
+        return Outcome(1, f"DVC neither ran nor restored {stage}")
+    return dvc("push", "--run-cache", "--with-deps", stage)
+
+
+def _locked() -> dict[str, Any]:
+    """Return the stages that dvc.lock knows."""
+    stages: dict[str, Any] = yaml.safe_load(LOCK.read_text())["stages"] if LOCK.is_file() else {}
+    return stages
+
+
+def pull(stage: str, flow_run: str, show: Callable[[str], None]) -> Outcome:
+    """Fetch what a stage made, as dvc.lock names it, from the remote."""
+    return _dvc(["pull", stage], flow_run, "", show)
+
+
+def _dvc(arguments: Sequence[str], flow_run: str, parent_run: str, show: Callable[[str], None]) -> Outcome:
     _drop_torn_locks()
-    # Without --wait-for-lock, two flow runs in one worktree fail; without --single-item, each walks upstream again.
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
+    # Without --wait-for-lock, two flow runs in one worktree fail.
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
     # No separate session: a signal to the worker's process group must reach it.
     with subprocess.Popen(
         guarded(command),
@@ -112,6 +154,11 @@ def _failure(dvc_status: int, lines: Sequence[str]) -> Outcome:
 
 
 def _environment(flow_run: str, parent_run: str) -> dict[str, str]:
-    """Return this process's environment with the two ids, this Python's commands (`koala`) first, and unbuffered output."""
+    """Return this process's environment with the two ids, and unbuffered output.
+
+    This Python's commands (`koala`) come first, and this checkout's modules: a clone's are not those that are installed.
+    """
     commands = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, PARENT_RUN: parent_run, FLOW_RUN: flow_run, "PATH": commands, "PYTHONUNBUFFERED": "1"}
+    modules = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    ids = {PARENT_RUN: parent_run, FLOW_RUN: flow_run}
+    return {**os.environ, **ids, "PATH": commands, "PYTHONPATH": modules, "PYTHONUNBUFFERED": "1"}

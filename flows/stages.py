@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 LAST_STAGE = "publish"
 """The stage that a student's flow brings up to date, with all that it needs."""
 
+LOCK = Path("dvc.lock")
+"""What DVC knows of the stages that have run."""
+DEFAULT_POOL = "cpu"
+"""Pool of a stage whose `meta` in dvc.yaml names none."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -31,6 +36,9 @@ class Stage:
     """Paths from the project's root."""
     retries: int
     """How often to retry a stage that uses the network: `retries` in the stage's `meta` in dvc.yaml."""
+
+    pool: str
+    """The pool of machines that runs it, where a flow uses pools: `pool` in the stage's `meta` in dvc.yaml."""
 
     @property
     def folder(self) -> Path:
@@ -56,6 +64,13 @@ def students() -> list[str]:
     with _repo() as repo:
         names = [stage.addressing.partition("@") for stage in repo.index.stages]
     return [student for stage, _, student in names if stage == LAST_STAGE and student]
+
+
+def all_stages() -> list[Stage]:
+    """Return every stage of the current directory's DVC project. Raises PipelineError."""
+    with _repo() as repo:
+        names = [stage.addressing for stage in repo.index.stages]
+        return list({stage.name: stage for name in names for stage in _pipeline(repo, name)}.values())
 
 
 @contextmanager
@@ -84,6 +99,7 @@ def _pipeline(repo: "Repo", target: str) -> list[Stage]:
             upstream=tuple(sorted(other.addressing for other in needed.successors(stage))),
             outs=tuple(Path(str(out)) for out in stage.outs),
             retries=(stage.meta or {}).get("retries", 0),
+            pool=(stage.meta or {}).get("pool", DEFAULT_POOL),
         )
         for stage in nx.lexicographical_topological_sort(needed.reverse(), key=position.__getitem__)
     ]
@@ -97,6 +113,11 @@ def profile() -> str:
 def machine() -> str:
     """Return the machine that KOALA_MACHINE names, or params.yaml; empty where neither does."""
     return os.environ.get("KOALA_MACHINE") or str(_params().get("machine") or "")
+
+
+def promotes_by_itself() -> bool:
+    """Return whether params.yaml lets a version that meets every rule stand without a person's yes."""
+    return _params().get("promote") == "automatic"
 
 
 def _params() -> dict[str, Any]:

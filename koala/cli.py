@@ -316,6 +316,17 @@ def params(
     show(f"params.yaml is valid: profile {loaded.profile}, machine {loaded.machine}, {', '.join(loaded.students)}")
 
 
+@app.command(rich_help_panel=TOOLS)
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    seconds: Annotated[float, typer.Option(min=1, help="time limit of the answers")] = 20,
+) -> None:
+    """Show what runs, what waits, the champions and what is stale."""
+    from koala.status import status as command
+
+    command(as_json, seconds)
+
+
 @app.command("serve-shapes", rich_help_panel=TOOLS)
 def serve_shapes(
     port: Annotated[int, typer.Option(help="on 127.0.0.1")] = 8765,
@@ -406,6 +417,22 @@ def release_rollback(
     manifest = roll_back(loaded.recipe.publish.targets, name, version)
     if registered := tracking.set_alias(name, manifest.sha256, "champion"):
         say(f"MLflow: the champion of {name} is version {registered}")
+
+
+@release.command("judge")
+def release_judge(
+    name: StudentName,
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="such as v3")],
+    out: Annotated[Path, typer.Option(help="folder for verdict.json, a table and the images beside the champion's")],
+) -> None:
+    """Judge a version by today's rules, beside the one that stands."""
+    from koala import params as parameters
+    from koala.console import show
+    from koala.publish.promotion import judge_version, show_verdict
+
+    loaded = parameters.load()
+    loaded.student(name)
+    show(show_verdict(judge_version(loaded.publish, name, version, out)))
 
 
 @release.command("approve")

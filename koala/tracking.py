@@ -252,6 +252,14 @@ def _kept_run(work: Path) -> Any:
     return run if run.info.lifecycle_stage == "active" else None
 
 
+def fetch(run_id: str, name: str, folder: Path) -> Path | None:
+    """Download a file that a run logged into `folder`. Return its path; None where the run has none of that name."""
+    client = _client()
+    if not any(file.path == name for file in client.list_artifacts(run_id)):
+        return None
+    return Path(client.download_artifacts(run_id, name, str(folder)))
+
+
 # Runs whose process is gone.
 
 

@@ -25,7 +25,8 @@ def test_no_student_is_named_in_the_template() -> None:
 
 
 def test_the_template_stands_once_for_each_student_its_schedule_off(template: dict) -> None:
-    one, two, three = expand(template, ["koala-a", "koala-b", "koala-c"])["deployments"]
+    one, two, three, *others = expand(template, ["koala-a", "koala-b", "koala-c"])["deployments"]
+    assert [each["name"] for each in others] == ["version"]
     assert [each["name"] for each in (one, two, three)] == ["koala-a", "koala-b", "koala-c"]
     assert [each["parameters"] for each in (one, two)] == [{"student": "koala-a"}, {"student": "koala-b"}]
     assert "release of koala-c" in three["description"]
@@ -37,8 +38,17 @@ def test_other_placeholders_and_other_deployments_stay(template: dict) -> None:
     event = "{{ event.payload.student }}"
     other = {"name": "on-data", "work_pool": {"name": "local"}, "triggers": [{"parameters": {"student": event}}]}
     document = expand({**template, "pull": [], "deployments": [*template["deployments"], other]}, ["koala-a"])
-    assert document["deployments"][1] == other
+    assert document["deployments"][-1] == other
     assert document["pull"] == []
+
+
+def test_with_pools_each_has_a_deployment_and_the_flows_use_them(template: dict) -> None:
+    one, version, cpu, gpu = expand(template, ["koala-a"], ["cpu", "gpu"])["deployments"]
+    assert one["parameters"] == {"student": "koala-a", "pools": True}
+    assert "parameters" not in version
+    assert [(each["name"], each["work_pool"]["name"]) for each in (cpu, gpu)] == [("cpu", "cpu"), ("gpu", "gpu")]
+    clone = cpu["pull"][0]["prefect.deployments.steps.run_shell_script"]["script"]
+    assert "\n" not in clone  # Prefect would take each line for a command
 
 
 @pytest.fixture

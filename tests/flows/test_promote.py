@@ -1,0 +1,121 @@
+"""Promotion on a real Prefect server, of versions at a real target."""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+import yaml
+from PIL import Image
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.objects import State
+from prefect.exceptions import Pause
+from prefect.flow_engine import run_flow
+
+from flows.promote import answer, promote
+from koala.evaluate.prompts import Prompt
+from koala.evaluate.values import Values
+from koala.publish.targets.folder import FolderTarget
+
+
+@pytest.fixture
+def target(workspace: Path) -> FolderTarget:
+    """Two versions of koala-700m, the second of which keeps less of its teacher, and a rule that only the first meets."""
+    params = workspace / "params.yaml"
+    document = yaml.safe_load(params.read_text())
+    rules = [{"metric": "unet_parameters", "at_most": 15}]
+    document["profiles"]["smoke"]["publish"] |= {
+        "targets": {"folder": {"path": str(workspace / "shelf")}},
+        "require": rules,
+    }
+    params.write_text(yaml.safe_dump(document))
+    target = FolderTarget(path=workspace / "shelf")
+    release = workspace / "release"
+    release.mkdir()
+    for size in (10, 20):
+        (release / "metrics.json").write_text(json.dumps({"after": {"unet_parameters": size}, "pinned": {}}))
+        prompts = [Prompt("a fox", 0), Prompt("a hen", 1)]
+        Values(prompts, {"after": {"psnr": [1.0, size]}}).write(release / "values.parquet")
+        (release / "samples").mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), (size, 0, 0)).save(release / "samples/000001.png")
+        target.send(release, "koala-700m")
+    return target
+
+
+@pytest.fixture
+def run(client: SyncPrefectClient, target: FolderTarget) -> Callable[[UUID], State[Any]]:
+    """Do in this process what a worker does with a run of the deployment: until it waits, or ends."""
+
+    def until_it_waits(flow_run: UUID) -> State[Any]:
+        with suppress(Pause):
+            run_flow(promote, flow_run=client.read_flow_run(flow_run), return_type="state")
+        state = client.read_flow_run(flow_run).state
+        assert state
+        return state
+
+    return until_it_waits
+
+
+@pytest.fixture
+def begin(client: SyncPrefectClient, target: FolderTarget) -> Callable[[str], UUID]:
+    def create(version: str) -> UUID:
+        deployment = client.create_deployment(
+            client.create_flow(promote), name="version", enforce_parameter_schema=False
+        )
+        parameters = {"student": "koala-700m", "version": version}
+        return client.create_flow_run_from_deployment(deployment, parameters=parameters).id
+
+    return create
+
+
+def latest(target: FolderTarget) -> str | None:
+    return target.shelf("koala-700m").latest()
+
+
+def test_a_rollback_waits_for_a_persons_yes(
+    begin: Callable[[str], UUID], run: Callable[[UUID], State[Any]], client: SyncPrefectClient, target: FolderTarget
+) -> None:
+    waiting = begin("v1")
+    assert run(waiting).name == "Suspended"  # and this process is free
+    assert latest(target) == "v2"
+    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[waiting]))
+    tables = {each.key: str(each.data) for each in client.read_artifacts(artifact_filter=wanted)}
+    assert "| unet_parameters at most 15 | " in tables["koala-700m-promotion"]
+    assert "| unet_parameters | 20 | 10 |" in tables["koala-700m-promotion"]
+    assert "path=beside.png" in tables["koala-700m-promotion-grid"]
+
+    assert answer("koala-1b", yes=True, by="ada", because="") == []
+    assert answer("koala-700m", yes=True, by="ada", because="smaller") == ["promote koala-700m v1"]
+    state = run(waiting)
+    assert (state.type, state.message) == ("COMPLETED", "koala-700m is v1, was v2: by ada: smaller")
+    assert latest(target) == "v1"
+
+
+def test_a_no_changes_nothing(
+    begin: Callable[[str], UUID], run: Callable[[UUID], State[Any]], target: FolderTarget
+) -> None:
+    waiting = begin("v1")
+    run(waiting)
+    answer("koala-700m", yes=False, by="ada", because="")
+    assert run(waiting).name == "Declined"
+    assert latest(target) == "v2"
+
+
+def test_automatic_only_where_every_rule_is_met(target: FolderTarget, client: SyncPrefectClient) -> None:
+    params = Path("params.yaml")
+    params.write_text(params.read_text() + "promote: automatic\n")
+    state = promote("koala-700m", "v1", return_state=True)
+    assert state.message == "koala-700m is v1, was v2: by the rules"
+    state = promote("koala-700m", "v2", return_state=True)  # by hand nobody can be asked
+    assert not state.is_completed()
+    assert latest(target) == "v1"
+
+
+def test_an_unknown_version_is_one_line(target: FolderTarget, client: SyncPrefectClient) -> None:
+    state = promote("koala-700m", "v9", return_state=True)
+    assert state.is_failed()
+    assert "has no version 'v9': choose one of v1, v2" in str(state.message)
