@@ -17,6 +17,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from koala.config import BY_KIND, Config
+from koala.data import forget
 from koala.data.config import (
     DownloadConfig,
     DownloadMachine,
@@ -25,7 +26,21 @@ from koala.data.config import (
     FilterConfig,
     FilterMachine,
 )
-from koala.data.rules import Ascii, Aspect, Blocklist, Scores, Size, Words
+from koala.data.rules.ascii import Ascii
+from koala.data.rules.aspect import Aspect
+from koala.data.rules.blank import Blank
+from koala.data.rules.blocklist import Blocklist
+from koala.data.rules.boilerplate import Boilerplate
+from koala.data.rules.characters import Characters
+from koala.data.rules.control import Control
+from koala.data.rules.language import Language
+from koala.data.rules.markup import Markup
+from koala.data.rules.personal import Personal
+from koala.data.rules.repetition import Repetition
+from koala.data.rules.scores import Scores
+from koala.data.rules.size import Size
+from koala.data.rules.urls import Urls
+from koala.data.rules.words import Words
 from koala.data.tables import TableSource
 from koala.demo.attributes import Attributes
 from koala.demo.images import Shapes
@@ -67,7 +82,24 @@ class _TinyTeacher(TinyTeacher):
 
 Source = Annotated[TableSource | ShapesSource, Field(discriminator="kind")]
 Teacher = Annotated[HubTeacher | FolderTeacher | FileTeacher | _TinyTeacher, Field(discriminator="kind")]
-Rule = Annotated[Words | Size | Aspect | Ascii | Blocklist | Scores, Field(discriminator="kind")]
+Rule = Annotated[
+    Words
+    | Characters
+    | Repetition
+    | Control
+    | Markup
+    | Urls
+    | Boilerplate
+    | Personal
+    | Language
+    | Ascii
+    | Blocklist
+    | Size
+    | Aspect
+    | Blank
+    | Scores,
+    Field(discriminator="kind"),
+]
 Prompts = Annotated[FilePrompts | HubPrompts | ShapesPrompts, Field(discriminator="kind")]
 Metric = Annotated[
     Attributes | BVqa | ClipScore | Cmmd | DinoCosine | FdDinov2 | HpsV21 | PickScore | Psnr,
@@ -213,6 +245,7 @@ class Params:
     _machine: Machine
     _distill: Mapping[str, DistillConfig]
     _approvals: tuple[approvals.Approval, ...]
+    _forget: tuple[forget.Forgotten, ...]
 
     @property
     def threads(self) -> int | None:
@@ -244,8 +277,10 @@ class Params:
         if stage == "publish":
             return self.publish
         section: Config = getattr(self.recipe, "evaluate" if stage == "reference" else stage)
-        shared = {"machine": getattr(self._machine, "evaluate" if stage == "reference" else stage, None)}
-        shared["sampling"] = self.recipe.sampling
+        shared: dict[str, Any] = {
+            "machine": getattr(self._machine, "evaluate" if stage == "reference" else stage, None)
+        }
+        shared |= {"sampling": self.recipe.sampling, "forget": self._forget}
         return section.model_copy(update={name: shared[name] for name in shared if name in type(section).model_fields})
 
 
@@ -264,7 +299,12 @@ def load(path: Path = FILE, profile: str | None = None, machine: str | None = No
     host = _chosen(path, "machine", machine or os.environ.get(MACHINE) or document.machine, document.machines)
     recipe, chosen = document.profiles[name], document.machines[host]
     for section in Profile.model_fields:
-        homes = {"machine": "machines.NAME", "sampling": f"profiles.{name}.sampling", "approvals": str(approvals.FILE)}
+        homes = {
+            "machine": "machines.NAME",
+            "sampling": f"profiles.{name}.sampling",
+            "approvals": str(approvals.FILE),
+            "forget": str(forget.FILE),
+        }
         for field, home in homes.items():
             if field not in getattr(getattr(recipe, section), "model_fields_set", ()):
                 continue
@@ -275,7 +315,7 @@ def load(path: Path = FILE, profile: str | None = None, machine: str | None = No
     distill = {each: _recipe(path, each, values, name, recipe, chosen) for each in students}
     for each, config in distill.items():
         _check(path, name, each, config, students[each], recipe)
-    return Params(name, host, students, recipe.requires, recipe, chosen, distill, approvals.read())
+    return Params(name, host, students, recipe.requires, recipe, chosen, distill, approvals.read(), forget.read())
 
 
 def schema() -> dict[str, Any]:

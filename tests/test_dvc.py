@@ -48,6 +48,7 @@ HOUSEKEEPING = {
     "koala/plots.py",
     "koala/process.py",
     "koala/run.py",
+    "koala/data/executor.py",
     "koala/data/filter_report.py",
     "koala/distill/checkpoint.py",
     "koala/distill/curves.py",
@@ -160,7 +161,16 @@ def dvc(project: Path, *arguments: str) -> str:
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A checkout of its own, of which nothing was run."""
-    for name in ("koala", "infra", "approvals.yaml", "dvc.yaml", "params.yaml", ".dvcignore", ".gitignore"):
+    for name in (
+        "koala",
+        "infra",
+        "approvals.yaml",
+        "forget.yaml",
+        "dvc.yaml",
+        "params.yaml",
+        ".dvcignore",
+        ".gitignore",
+    ):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     (tmp_path / ".dvc").mkdir()

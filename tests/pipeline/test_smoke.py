@@ -36,6 +36,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "infra",
         "approvals.yaml",
         "dvc.yaml",
+        "forget.yaml",
         "params.yaml",
         "prefect.toml",
         ".dvcignore",
