@@ -111,11 +111,11 @@ class FilterMachine(Config):
 class NearDuplicates(Config):
     """Which images are the same picture though their bytes differ: a hash proposes pairs, thumbnails or embeddings confirm them."""
 
-    bits: int = Field(default=10, ge=0, le=24)
+    bits: int = Field(default=12, ge=0, le=24)
     """Bits of 64 in which the dHashes of a pair may differ."""
-    thumbnail: float = Field(default=8.0, gt=0, le=64)
-    """Mean absolute difference of a pair's 8 x 8 colour thumbnails, 0 to 255, up to which it is the same picture."""
-    cosine: float | None = Field(default=None, gt=0, le=1)
+    thumbnail: float = Field(default=0.992, ge=0.9, le=1)
+    """Correlation of a pair's 16 x 16 colour thumbnails from which it is the same picture."""
+    cosine: float | None = Field(default=None, ge=0.5, le=1)
     """Cosine of a pair's embeddings from which it is the same picture, whatever its hashes. Left out: embeddings are not used."""
 
 

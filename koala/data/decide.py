@@ -7,16 +7,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from koala.console import progress
-from koala.data.config import FilterConfig
-from koala.data.dedup import Groups, batches, by_embedding, by_look, near_pairs
+from koala.data.config import FilterConfig, NearDuplicates
+from koala.data.dedup import Groups, batches, matrix, near_pairs
+from koala.data.fingerprints import pattern
 from koala.data.forget import read_hashes
 from koala.data.judge import EMBEDDING_HASHES, FACTS, FINGERPRINTS, LOOK_HASHES
 
@@ -133,29 +135,39 @@ def _find_groups(connection: "duckdb.DuckDBPyConnection", config: FilterConfig) 
         """
         for batch in batches(connection, pairs):
             groups.add(batch["position"].to_numpy(), batch["first"].to_numpy())
-    near = config.near_duplicates
-    if near:
-        # Equal images once: a picture that stands everywhere would be its own neighbour in every order.
-        connection.execute(
-            """
-            CREATE TABLE picture AS SELECT * FROM judged
-            WHERE dhash IS NOT NULL AND position IN (SELECT min(position) FROM candidate GROUP BY sha256)
-            """
-        )
-        query, same = "SELECT position, dhash, thumbnail, brightness FROM picture", by_look(near.bits, near.thumbnail)
-        searches = [(query, f"{column}, brightness", same) for column in LOOK_HASHES]
-        if near.cosine is not None:
-            query, same = (
-                "SELECT position, embedding FROM picture WHERE embedding IS NOT NULL",
-                by_embedding(near.cosine),
-            )
-            searches += [(query, column, same) for column in EMBEDDING_HASHES]
-        for query, order, same in progress(searches, "filter: near duplicates"):
-            for left, right in near_pairs(connection, query, order, same):
-                groups.add(left, right)
+    if config.near_duplicates:
+        for left, right in _near_pairs(connection, config.near_duplicates):
+            groups.add(left, right)
     positions, numbers = groups.members()
     connection.register("grouped", pa.table({"position": positions, "number": numbers}))
     connection.execute("CREATE TABLE member AS SELECT candidate.*, number FROM candidate JOIN grouped USING (position)")
+
+
+def _near_pairs(
+    connection: "duckdb.DuckDBPyConnection", config: NearDuplicates
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield pairs of candidates that show the same picture. Equal images stand for one: they would be neighbours everywhere."""
+    connection.execute(
+        """
+        CREATE TABLE picture AS SELECT * FROM judged
+        WHERE dhash IS NOT NULL AND position IN (SELECT min(position) FROM candidate GROUP BY sha256)
+        """
+    )
+    for column in progress(LOOK_HASHES, "filter: near duplicates"):
+        query = f"SELECT position, {column} AS key, dhash, thumbnail FROM picture"
+        yield from near_pairs(connection, query, _patterns, config.thumbnail, config.bits)
+    if config.cosine is not None:
+        for column in progress(EMBEDDING_HASHES, "filter: near embeddings"):
+            query = f"SELECT position, {column} AS key, embedding FROM picture WHERE embedding IS NOT NULL"
+            yield from near_pairs(connection, query, _embeddings, config.cosine)
+
+
+def _patterns(rows: pa.Table) -> np.ndarray:
+    return pattern(matrix(rows["thumbnail"], np.uint8))
+
+
+def _embeddings(rows: pa.Table) -> np.ndarray:
+    return matrix(rows["embedding"], np.float16)
 
 
 def _decide_groups(connection: "duckdb.DuckDBPyConnection") -> None:

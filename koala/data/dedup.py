@@ -3,6 +3,7 @@
 Neither needs all samples in memory: DuckDB sorts on disk, and what is sorted is read as a stream.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,36 +15,46 @@ if TYPE_CHECKING:
 
 NEIGHBOURS = 32
 """Rows of an order that each row is compared with."""
-BATCH = 1 << 16
+BATCH = 1 << 14
 """Rows in memory at a time."""
 
-Same = Callable[[slice, slice], np.ndarray]
-"""Two equally long ranges of rows -> which rows of the first show the same picture as those of the second."""
+Prepare = Callable[["pa.Table"], np.ndarray]
+"""Rows -> a vector for each, of unit length, n x d."""
 
 
 def near_pairs(
-    connection: "duckdb.DuckDBPyConnection", query: str, order: str, prepare: "Callable[[pa.Table], Same]"
+    connection: "duckdb.DuckDBPyConnection", query: str, prepare: Prepare, least: float, bits: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the pairs of positions that show the same picture, among rows that are neighbours in an order.
+    """Yield the pairs of positions whose vectors have at least this cosine, among neighbours in the order of a hash.
 
-    query: a SELECT with a column `position`. The time is that of sorting, whatever the rows: no two rows are compared for
-    having a part of a hash in common, as most pictures on a white ground have.
+    query: a SELECT of `position`, `key` (a hash of the vector by random planes) and, where `bits` limits in how many bits those
+    of a pair may differ, `dhash`. The time is that of sorting, whatever the rows: no two rows are compared for having a part of
+    a hash in common, as most pictures on a white ground have.
     """
     import pyarrow as pa
 
+    share = math.acos(least) / math.pi
+    limit = 64 * share + 5 * math.sqrt(
+        64 * share * (1 - share)
+    )  # bits in which keys of a pair differ, and five deviations
     before: pa.Table | None = None
-    for batch in batches(connection, f"{query} ORDER BY {order}, position"):
+    for batch in batches(connection, f"{query} ORDER BY key, position"):
         rows = pa.Table.from_batches([batch])
         old = len(before) if before else 0
         table = pa.concat_tables([before, rows]) if before else rows
-        positions, same = table["position"].to_numpy(), prepare(table)
+        positions, keys, vectors = table["position"].to_numpy(), table["key"].to_numpy(), prepare(table)
+        hashes = table["dhash"].to_numpy() if bits is not None else None
         for step in range(1, min(NEIGHBOURS, len(table) - 1) + 1):
             # Each new row with the one `step` before it.
-            right = slice(max(old, step), len(table))
-            left = slice(right.start - step, right.stop - step)
-            found = same(left, right)
+            right = np.arange(max(old, step), len(table))
+            left = right - step
+            likely = np.bitwise_count(keys[left] ^ keys[right]) <= limit
+            if hashes is not None:
+                likely &= np.bitwise_count(hashes[left] ^ hashes[right]) <= bits
+            left, right = left[likely], right[likely]
+            found = (vectors[left] * vectors[right]).sum(axis=1) >= least
             if found.any():
-                yield positions[left][found], positions[right][found]
+                yield positions[left[found]], positions[right[found]]
         before = table.slice(max(0, len(table) - NEIGHBOURS))
 
 
@@ -53,46 +64,10 @@ def batches(connection: "duckdb.DuckDBPyConnection", query: str) -> "Iterator[pa
     yield from relation.to_arrow_reader(BATCH)
 
 
-def by_look(bits: int, difference: float) -> "Callable[[pa.Table], Same]":
-    """Accept pairs whose `dhash` differs in at most `bits` bits, and whose `thumbnail` in at most `difference` on average."""
-
-    def prepare(table: "pa.Table") -> Same:
-        hashes = table["dhash"].to_numpy()
-        pixels = matrix(table["thumbnail"], np.uint8).astype(np.int16)
-        sums = table["brightness"].to_numpy().astype(np.int32)
-
-        def same(left: slice, right: slice) -> np.ndarray:
-            # Sums of values that differ little on average differ little: most pairs need no more than this.
-            found: np.ndarray = np.abs(sums[left] - sums[right]) <= difference * pixels.shape[1]
-            found &= np.bitwise_count(hashes[left] ^ hashes[right]) <= bits
-            near = np.flatnonzero(found)
-            found[near] = np.abs(pixels[left][near] - pixels[right][near]).mean(axis=1) <= difference
-            return found
-
-        return same
-
-    return prepare
-
-
-def by_embedding(cosine: float) -> "Callable[[pa.Table], Same]":
-    """Accept pairs whose `embedding`, of unit length, has at least this cosine."""
-
-    def prepare(table: "pa.Table") -> Same:
-        vectors = matrix(table["embedding"], np.float16).astype(np.float32)
-
-        def same(left: slice, right: slice) -> np.ndarray:
-            found: np.ndarray = (vectors[left] * vectors[right]).sum(axis=1) >= cosine
-            return found
-
-        return same
-
-    return prepare
-
-
 def matrix(column: "pa.ChunkedArray", dtype: type[np.generic]) -> np.ndarray:
-    """Return a column of equally long bytes as a matrix, with a row for each."""
+    """Return a column of equally long bytes as a matrix of float32, with a row for each."""
     values = np.frombuffer(b"".join(column.to_pylist()), dtype)
-    return values.reshape(len(column), -1)
+    return values.reshape(len(column), -1).astype(np.float32)
 
 
 class Groups:

@@ -5,7 +5,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-SIDE = 8
+SIDE = 16
 """Side of a colour thumbnail, pixels."""
 TABLES = 12
 """Hashes of a thumbnail or an embedding: the more, the fewer pairs are missed."""
@@ -40,6 +40,11 @@ def plane_hashes(vectors: np.ndarray) -> np.ndarray:
     return np.packbits(sides, axis=1).view(">u8").astype(np.uint64)
 
 
-def look_hashes(thumbnails: np.ndarray) -> np.ndarray:
-    """Return the hashes of thumbnails, n x 192: of their pattern, not of their brightness and contrast."""
-    return plane_hashes(thumbnails - thumbnails.mean(axis=1, dtype=np.float32, keepdims=True))
+def pattern(thumbnails: np.ndarray) -> np.ndarray:
+    """Return thumbnails, n x d, less their means and at unit length, as float32. The cosine of two is their correlation.
+
+    Neither brightness nor contrast of a picture count. A picture of one colour has no pattern, and is like no other.
+    """
+    centred = thumbnails - thumbnails.mean(axis=1, dtype=np.float32, keepdims=True)
+    length = np.linalg.norm(centred, axis=1, keepdims=True)
+    return np.asarray(centred / np.maximum(length, 1e-3), np.float32)

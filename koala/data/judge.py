@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from koala.console import progress
 from koala.data.config import FilterConfig
 from koala.data.executor import each
-from koala.data.fingerprints import TABLES, dhash, look_hashes, plane_hashes, thumbnail
+from koala.data.fingerprints import TABLES, dhash, pattern, plane_hashes, thumbnail
 from koala.data.rules.base import View, look, original_size
 from koala.data.rules.language import Language
 from koala.data.shards import Sample, read_shard
@@ -46,7 +46,6 @@ FINGERPRINTS = pa.schema(
         "position": pa.int64(),  # the shard's index * 2**32 + the row
         "fetched_sha256": pa.binary(32),  # of the file before the download resized it, where recorded
         "thumbnail": pa.binary(),
-        "brightness": pa.uint16(),  # sum of the thumbnail
         "embedding": pa.binary(),  # float16
         **{name: pa.uint64() for name in (*LOOK_HASHES, *EMBEDDING_HASHES)},
     }
@@ -116,25 +115,21 @@ def _judge_shard(job: _Job) -> None:
     for row, sample in enumerate(scores.join(samples) if scores else samples):
         scored = scores.of(sample) if scores else {}
         rows.append(judge(sample, job.config) | scored | {"position": (job.index << 32) + row})
-    _add_hashes(rows, "thumbnail", np.uint8, look_hashes, LOOK_HASHES)
-    _add_hashes(rows, "embedding", np.float16, plane_hashes, EMBEDDING_HASHES)
+    _add_hashes(rows, "thumbnail", LOOK_HASHES, lambda pixels: pattern(np.frombuffer(pixels, np.uint8)[None])[0])
+    _add_hashes(rows, "embedding", EMBEDDING_HASHES, lambda embedding: np.frombuffer(embedding, np.float16))
     unfinished = job.output.with_suffix(".part")
     pq.write_table(pa.Table.from_pylist(rows, schema), unfinished)
     os.replace(unfinished, job.output)
 
 
 def _add_hashes(
-    rows: Sequence[dict[str, Any]],
-    fingerprint: str,
-    dtype: type[np.generic],
-    hashes: Callable[[np.ndarray], np.ndarray],
-    names: Sequence[str],
+    rows: Sequence[dict[str, Any]], fingerprint: str, names: Sequence[str], vector: Callable[[bytes], np.ndarray]
 ) -> None:
-    """Add the hashes of a fingerprint, under `names`, to the rows that have it."""
+    """Add the hashes of a fingerprint's vector, under `names`, to the rows that have one."""
     there = [row for row in rows if row.get(fingerprint)]
     if there:
-        vectors = np.stack([np.frombuffer(row[fingerprint], dtype) for row in there])
-        for row, found in zip(there, hashes(vectors), strict=True):
+        vectors = np.stack([vector(row[fingerprint]) for row in there])
+        for row, found in zip(there, plane_hashes(vectors), strict=True):
             row |= zip(names, map(int, found), strict=True)
 
 
@@ -177,8 +172,7 @@ def _fetched(sample: Sample) -> bytes | None:
 def _looks(view: View) -> dict[str, Any]:
     if view.small is None:
         return {}
-    colours = thumbnail(view.small)
-    return {"dhash": dhash(view.small), "thumbnail": colours, "brightness": sum(colours)}
+    return {"dhash": dhash(view.small), "thumbnail": thumbnail(view.small)}
 
 
 class Scores:

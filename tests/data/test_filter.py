@@ -192,9 +192,7 @@ def test_the_stage_keeps_counts_and_shows(out: Path, recorder: Any) -> None:
         sample(8),
     ]
     images = write_shards(samples)
-    stage.filter(
-        FilterConfig(rules=(Words(),), near_duplicates=NearDuplicates(bits=4), shard_size=2), images, out, recorder
-    )
+    stage.filter(FilterConfig(rules=(Words(),), near_duplicates=NearDuplicates(), shard_size=2), images, out, recorder)
 
     assert outcome(out) == {
         "000000000": "kept",

@@ -31,13 +31,14 @@ class View:
 
     @cached_property
     def small(self) -> "Image | None":
-        """A small RGB copy: the shorter side has 64 to 127 pixels, or as many as the image has."""
+        """A small RGB copy, 128 x 128."""
         if self.image is None:
             return None
-        factor = max(1, min(self.image.size) // 64)
-        # Averaging whole blocks of pixels is the quickest way to shrink; it needs a mode without palette or alpha.
+        from PIL.Image import Resampling
+
+        # A palette or an alpha channel cannot be averaged.
         image = self.image if self.image.mode in ("L", "RGB") else self.image.convert("RGB")
-        return image.reduce(factor).convert("RGB")
+        return image.resize((128, 128), Resampling.BOX, reducing_gap=2.0).convert("RGB")
 
 
 def look(data: bytes) -> View:
