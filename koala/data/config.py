@@ -111,7 +111,7 @@ class FilterMachine(Config):
 class NearDuplicates(Config):
     """Which images are the same picture though their bytes differ: a hash proposes pairs, thumbnails or embeddings confirm them."""
 
-    bits: int = Field(default=12, ge=0, le=24)
+    bits: int = Field(default=16, ge=0, le=32)
     """Bits of 64 in which the dHashes of a pair may differ."""
     thumbnail: float = Field(default=0.992, ge=0.9, le=1)
     """Correlation of a pair's 16 x 16 colour thumbnails from which it is the same picture."""

@@ -38,7 +38,7 @@ class View:
 
         # A palette or an alpha channel cannot be averaged.
         image = self.image if self.image.mode in ("L", "RGB") else self.image.convert("RGB")
-        return image.resize((128, 128), Resampling.BOX, reducing_gap=2.0).convert("RGB")
+        return image.resize((128, 128), Resampling.BILINEAR, reducing_gap=3.0).convert("RGB")
 
 
 def look(data: bytes) -> View:
