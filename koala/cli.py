@@ -487,6 +487,34 @@ def data_update(profile: ProfileName = None) -> None:
     update(loaded.profile, loaded.source, artifact("table", profile=loaded.profile))
 
 
+@data.command("forget")
+def data_forget(
+    because: Annotated[str, typer.Option(help="why it is taken down")],
+    url: Annotated[str | None, typer.Option(help="the image's URL, as the table has it")] = None,
+    sha256: Annotated[
+        str | None, typer.Option(metavar="HEX", help="of the stored image, or of the fetched file")
+    ] = None,
+    dhash: Annotated[
+        str | None, typer.Option(metavar="HEX", help="perceptual hash: what looks like it goes too")
+    ] = None,
+) -> None:
+    """Take an image down: the next filter leaves it and its duplicates out."""
+    from koala.console import show
+    from koala.data import forget
+    from koala.runner import artifact
+
+    folders = [artifact(noun) for noun in ("images", "kept", "latents")]
+    entry = forget.add(because, url=url, sha256=sha256, dhash=dhash)
+    from koala.data.whereabouts import whereabouts
+
+    for noun, keys in whereabouts(entry, *folders).items():
+        names = ", ".join(sorted(keys)[:10]) + (", ..." if len(keys) > 10 else "")
+        show(f"{noun}: {len(keys)}{' (' + names + ')' if keys else ''}")
+    show(
+        f"added to {forget.FILE}: `dvc repro` leaves it out of all that follows the filter; the images stay as they are fetched"
+    )
+
+
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on random weights.")
 app.add_typer(bench, name="bench", rich_help_panel=TOOLS)
 

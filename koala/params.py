@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from koala.config import BY_KIND, Config
-from koala.data import pins
+from koala.data import forget, pins
 from koala.data.captions.config import RecaptionConfig, RecaptionMachine
 from koala.data.config import (
     DownloadConfig,
@@ -28,7 +28,21 @@ from koala.data.config import (
     FilterMachine,
     SourceConfig,
 )
-from koala.data.rules import Ascii, Aspect, Blocklist, Scores, Size, Words
+from koala.data.rules.ascii import Ascii
+from koala.data.rules.aspect import Aspect
+from koala.data.rules.blank import Blank
+from koala.data.rules.blocklist import Blocklist
+from koala.data.rules.boilerplate import Boilerplate
+from koala.data.rules.characters import Characters
+from koala.data.rules.control import Control
+from koala.data.rules.language import Language
+from koala.data.rules.markup import Markup
+from koala.data.rules.personal import Personal
+from koala.data.rules.repetition import Repetition
+from koala.data.rules.scores import Scores
+from koala.data.rules.size import Size
+from koala.data.rules.urls import Urls
+from koala.data.rules.words import Words
 from koala.data.scores.aesthetic import Aesthetic
 from koala.data.scores.clip_similarity import ClipSimilarity
 from koala.data.scores.config import ScoreConfig, ScoreMachine
@@ -75,7 +89,24 @@ class _TinyTeacher(TinyTeacher):
 
 Source = Annotated[TableSource | ShapesSource, Field(discriminator="kind")]
 Teacher = Annotated[HubTeacher | FolderTeacher | FileTeacher | _TinyTeacher, Field(discriminator="kind")]
-Rule = Annotated[Words | Size | Aspect | Ascii | Blocklist | Scores, Field(discriminator="kind")]
+Rule = Annotated[
+    Words
+    | Characters
+    | Repetition
+    | Control
+    | Markup
+    | Urls
+    | Boilerplate
+    | Personal
+    | Language
+    | Ascii
+    | Blocklist
+    | Size
+    | Aspect
+    | Blank
+    | Scores,
+    Field(discriminator="kind"),
+]
 Scorer = Annotated[Aesthetic | ClipSimilarity | Nsfw | TextArea | TextStrings, Field(discriminator="kind")]
 Prompts = Annotated[FilePrompts | HubPrompts | ShapesPrompts, Field(discriminator="kind")]
 Metric = Annotated[
@@ -249,6 +280,7 @@ class Params:
     _machine: Machine
     _distill: Mapping[str, DistillConfig]
     _approvals: tuple[approvals.Approval, ...]
+    _forget: tuple[forget.Forgotten, ...]
     _pin: pins.Pin | None
 
     @property
@@ -289,8 +321,10 @@ class Params:
         if stage == "source":
             return self.source
         section: Config = getattr(self.recipe, "evaluate" if stage == "reference" else stage)
-        shared = {"machine": getattr(self._machine, "evaluate" if stage == "reference" else stage, None)}
-        shared["sampling"] = self.recipe.sampling
+        shared: dict[str, Any] = {
+            "machine": getattr(self._machine, "evaluate" if stage == "reference" else stage, None)
+        }
+        shared |= {"sampling": self.recipe.sampling, "forget": self._forget}
         return section.model_copy(update={name: shared[name] for name in shared if name in type(section).model_fields})
 
 
@@ -309,8 +343,13 @@ def load(path: Path = FILE, profile: str | None = None, machine: str | None = No
     host = _chosen(path, "machine", machine or os.environ.get(MACHINE) or document.machine, document.machines)
     recipe, chosen = document.profiles[name], document.machines[host]
     for section in Profile.model_fields:
-        homes = {"machine": "machines.NAME", "sampling": f"profiles.{name}.sampling", "approvals": str(approvals.FILE)}
-        homes["pin"] = str(pins.FILE)
+        homes = {
+            "machine": "machines.NAME",
+            "sampling": f"profiles.{name}.sampling",
+            "approvals": str(approvals.FILE),
+            "forget": str(forget.FILE),
+            "pin": str(pins.FILE),
+        }
         for field, home in homes.items():
             if field not in getattr(getattr(recipe, section), "model_fields_set", ()):
                 continue
@@ -321,8 +360,8 @@ def load(path: Path = FILE, profile: str | None = None, machine: str | None = No
     distill = {each: _recipe(path, each, values, name, recipe, chosen) for each in students}
     for each, config in distill.items():
         _check(path, name, each, config, students[each], recipe)
-    pin = pins.read().get(name)
-    return Params(name, host, students, recipe.requires, recipe, chosen, distill, approvals.read(), pin)
+    standing = approvals.read(), forget.read(), pins.read().get(name)
+    return Params(name, host, students, recipe.requires, recipe, chosen, distill, *standing)
 
 
 def schema() -> dict[str, Any]:

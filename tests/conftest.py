@@ -29,6 +29,7 @@ SLOW = (
     "bench/test_bench.py",
     "data/test_download.py",
     "data/test_processes.py",
+    "data/test_duplicates.py",
     "distill/test_held_out.py",
     "distill/test_launch.py",
     "distill/test_machines.py",
@@ -132,8 +133,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path
     document["machines"]["cpu"]["evaluate"] = {"batch_size": 3, "latency_repeats": 2}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(document))
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
-    shutil.copy(ROOT / "approvals.yaml", tmp_path)
-    shutil.copy(ROOT / "source.lock.yaml", tmp_path)
+    for name in ("approvals.yaml", "forget.yaml", "source.lock.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "infra").symlink_to(ROOT / "infra")
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)

@@ -124,18 +124,25 @@ def test_6_a_stage_takes_its_configuration_the_nouns_of_its_deps_out_and_run(sta
 
 TOYS = {
     "rule": (
-        "koala/data/shouting.py",
+        "koala/data/rules/shouting.py",
         """
 from typing import Literal
-from koala.data.rules import Rule
+from koala.data.rules.base import Rule
 
 class Shouting(Rule):
     kind: Literal["shouting"] = "shouting"
 
-    def broken(self, sample, view):
-        return "shouting" if sample.caption.isupper() else None
+    def measure(self, sample, view):
+        return {"capitals": sum(map(str.isupper, sample.caption)) / len(sample.caption)}
+
+    def bounds(self):
+        return {"capitals": (None, 0.5)}
 """,
-        ("Rule = Annotated[Words", "Rule = Annotated[Shouting | Words", "from koala.data.shouting import Shouting"),
+        (
+            "    Words\n    | Characters",
+            "    Shouting\n    | Words\n    | Characters",
+            "from koala.data.rules.shouting import Shouting",
+        ),
         """
 params["profiles"]["smoke"]["filter"]["rules"] = {"shouting": {}}
 from koala.data.filter import filter

@@ -10,7 +10,8 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from koala.config import Config
 from koala.data.decode import DecodeConfig
 from koala.data.fetch import FetchConfig
-from koala.data.rules import Rule
+from koala.data.forget import Forgotten
+from koala.data.rules.base import Rule
 
 RESERVED_COLUMNS = {
     "key",
@@ -99,10 +100,23 @@ class DownloadConfig(Config):
 
 
 class FilterMachine(Config):
-    """Settings of the filter that change only its speed."""
+    """Settings of the filter that change only its speed and memory."""
 
     processes: int = Field(default=1, gt=0)
-    """Shards judged at a time."""
+    """Shards judged or written at a time."""
+    memory_gb: float = Field(default=2.0, ge=0.25)
+    """Memory of the tables by which duplicates are found, in GB. What does not fit goes to disk."""
+
+
+class NearDuplicates(Config):
+    """Which images are the same picture though their bytes differ: a hash proposes pairs, thumbnails or embeddings confirm them."""
+
+    bits: int = Field(default=16, ge=0, le=32)
+    """Bits of 64 in which the dHashes of a pair may differ."""
+    thumbnail: float = Field(default=0.992, ge=0.9, le=1)
+    """Correlation of a pair's 16 x 16 colour thumbnails from which it is the same picture."""
+    cosine: float | None = Field(default=None, ge=0.5, le=1)
+    """Cosine of a pair's embeddings from which it is the same picture, whatever its hashes. Left out: embeddings are not used."""
 
 
 class FilterConfig(Config):
@@ -110,12 +124,16 @@ class FilterConfig(Config):
 
     rules: tuple[SerializeAsAny[Rule], ...] = ()
     """Rules in the order in which they apply. A sample is counted under the first rule that it breaks."""
-    near_duplicate_bits: int | None = Field(default=None, ge=0, le=15)
-    """Drop an image whose 64-bit dHash differs from that of a kept one in at most this many bits; off if not given."""
+    near_duplicates: NearDuplicates | None = None
+    """Of images that show the same picture, keep only the largest; off if not given. Equal bytes and URLs always count as one."""
+    hash_lists: tuple[str, ...] = ()
+    """Files of hashes whose images are dropped as `forgotten`: a SHA-256 (64 hex digits) or a dHash (16) a line."""
     shard_size: int = Field(default=10_000, gt=0)
     """Samples per shard."""
+    forget: tuple[Forgotten, ...] = ()
+    """What was taken down: the entries of forget.yaml."""
     machine: FilterMachine = FilterMachine()
-    """Settings that change only the speed."""
+    """Settings that change only speed and memory."""
 
 
 class EncodeMachine(Config):

@@ -1,69 +1,110 @@
-"""Duplicates among samples: by image bytes, by URL and, if enabled, by perceptual hash."""
+"""Duplicates among any number of samples: pairs from sorted hashes, groups from pairs.
 
-import hashlib
-from collections.abc import Mapping
-from itertools import pairwise
-from typing import Any
+Neither needs all samples in memory: DuckDB sorts on disk, and what is sorted is read as a stream.
+"""
 
-from PIL import Image
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 
-class Duplicates:
-    """The samples kept so far. Among duplicates, the first in table order is kept."""
+if TYPE_CHECKING:
+    import duckdb
+    import pyarrow as pa
 
-    def __init__(self, near_bits: int | None) -> None:
-        """Detect near duplicates too if `near_bits` is not None (see NearDuplicates)."""
-        self._images: set[bytes] = set()
-        self._urls: set[bytes] = set()
-        self._near = NearDuplicates(near_bits) if near_bits is not None else None
+NEIGHBOURS = 32
+"""Rows of an order that each row is compared with."""
+BATCH = 1 << 14
+"""Rows in memory at a time."""
 
-    def add(self, row: Mapping[str, Any]) -> str | None:
-        """Remember a judged row (sha256, url, dhash). If it repeats an earlier one, return the reason to drop it."""
-        url = hashlib.blake2b(row["url"].encode(), digest_size=16).digest()
-        if row["sha256"] in self._images:
-            return "duplicate_image"
-        if row["url"] and url in self._urls:
-            return "duplicate_url"
-        if self._near and not self._near.add(row["dhash"]):
-            return "near_duplicate"
-        self._images.add(row["sha256"])
-        self._urls.add(url)
-        return None
+Prepare = Callable[["pa.Table"], np.ndarray]
+"""Rows -> a vector for each, of unit length, n x d."""
 
 
-class NearDuplicates:
-    """A set of 64-bit hashes of which no two differ in `bits` bits or fewer.
+def near_pairs(
+    connection: "duckdb.DuckDBPyConnection", query: str, prepare: Prepare, least: float, bits: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the pairs of positions whose vectors have at least this cosine, among neighbours in the order of a hash.
 
-    A hash is cut into bits + 1 bands. Two hashes that differ in at most `bits` bits are equal in at least one band, so
-    only hashes that share a band are compared.
+    query: a SELECT of `position`, `key` (a hash of the vector by random planes) and, where `bits` limits in how many bits those
+    of a pair may differ, `dhash`. The time is that of sorting, whatever the rows: no two rows are compared for having a part of
+    a hash in common, as most pictures on a white ground have.
+    """
+    import pyarrow as pa
+
+    share = math.acos(least) / math.pi
+    limit = 64 * share + 5 * math.sqrt(
+        64 * share * (1 - share)
+    )  # bits in which keys of a pair differ, and five deviations
+    before: pa.Table | None = None
+    for batch in batches(connection, f"{query} ORDER BY key, position"):
+        rows = pa.Table.from_batches([batch])
+        old = len(before) if before else 0
+        table = pa.concat_tables([before, rows]) if before else rows
+        positions, keys, vectors = table["position"].to_numpy(), table["key"].to_numpy(), prepare(table)
+        hashes = table["dhash"].to_numpy() if bits is not None else None
+        for step in range(1, min(NEIGHBOURS, len(table) - 1) + 1):
+            # Each new row with the one `step` before it.
+            right = np.arange(max(old, step), len(table))
+            left = right - step
+            likely = np.bitwise_count(keys[left] ^ keys[right]) <= limit
+            if hashes is not None:
+                likely &= np.bitwise_count(hashes[left] ^ hashes[right]) <= bits
+            left, right = left[likely], right[likely]
+            found = (vectors[left] * vectors[right]).sum(axis=1) >= least
+            if found.any():
+                yield positions[left[found]], positions[right[found]]
+        before = table.slice(max(0, len(table) - NEIGHBOURS))
+
+
+def batches(connection: "duckdb.DuckDBPyConnection", query: str) -> "Iterator[pa.RecordBatch]":
+    """Yield a query's rows, `BATCH` at a time."""
+    relation: Any = connection.sql(query)
+    yield from relation.to_arrow_reader(BATCH)
+
+
+def matrix(column: "pa.ChunkedArray", dtype: type[np.generic]) -> np.ndarray:
+    """Return a column of equally long bytes as a matrix of float32, with a row for each."""
+    values = np.frombuffer(b"".join(column.to_pylist()), dtype)
+    return values.reshape(len(column), -1).astype(np.float32)
+
+
+class Groups:
+    """Positions joined by pairs: two are in one group if a chain of pairs leads from one to the other.
+
+    Memory grows with the positions that have a pair, not with all.
     """
 
-    def __init__(self, bits: int) -> None:
-        """Start with an empty set."""
-        edges = [64 * index // (bits + 1) for index in range(bits + 2)]
-        self._bits = bits
-        self._bands = [(low, (1 << (high - low)) - 1) for low, high in pairwise(edges)]
-        self._known: list[dict[int, list[int]]] = [{} for _ in self._bands]
+    _WAITING = 1 << 20
 
-    def add(self, value: int) -> bool:
-        """Add a hash and return True; return False and add nothing if a near one is in the set."""
-        parts = [value >> low & mask for low, mask in self._bands]
-        for part, known in zip(parts, self._known, strict=True):
-            if any((value ^ other).bit_count() <= self._bits for other in known.get(part, ())):
-                return False
-        for part, known in zip(parts, self._known, strict=True):
-            known.setdefault(part, []).append(value)
-        return True
+    def __init__(self) -> None:
+        """Start without pairs."""
+        self._pairs: list[np.ndarray] = []
+        self._waiting = 0
 
+    def add(self, left: np.ndarray, right: np.ndarray) -> None:
+        """Add pairs: two arrays of positions."""
+        self._pairs.append(np.stack([left, right], axis=1).astype(np.int64))
+        self._waiting += len(left)
+        if self._waiting > self._WAITING:
+            members, first = self._joined()
+            self._pairs, self._waiting = [np.stack([members, members[first]], axis=1)], 0
 
-def dhash(image: Image.Image) -> int:
-    """Compute a 64-bit difference hash: whether each grey value of a 9 x 8 thumbnail is below its right neighbour's.
+    def members(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the positions in ascending order, and the group of each: 0, 1, ... in the order of their first members."""
+        members, first = self._joined()
+        return members, np.unique(first, return_inverse=True)[1].astype(np.int64)
 
-    Source: N. Krawetz, "Kind of Like That" (2013).
-    """
-    pixels = image.convert("L").resize((9, 8), Image.Resampling.LANCZOS).tobytes()
-    value = 0
-    for row in range(0, 72, 9):
-        for left, right in zip(pixels[row : row + 8], pixels[row + 1 : row + 9], strict=True):
-            value = value << 1 | (left < right)
-    return value
+    def _joined(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the positions in ascending order, and the index of the first member of each one's group."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        pairs = np.concatenate([np.empty((0, 2), np.int64), *self._pairs])
+        members, index = np.unique(pairs, return_inverse=True)
+        index = index.reshape(-1, 2)
+        graph = coo_array((np.ones(len(pairs), bool), (index[:, 0], index[:, 1])), shape=(len(members),) * 2)
+        _, label = connected_components(graph, directed=False)
+        _, first, group = np.unique(label, return_index=True, return_inverse=True)
+        return members, first[group]

@@ -1,127 +1,103 @@
 """The stage `filter`: keeps the samples worth training on, and reports why the others were dropped.
 
-The first pass judges each sample by itself, shard by shard, and stores the result in `out/state/judged`: a killed run
-resumes after the last judged shard. The second pass reads the samples in order, drops duplicates, and writes. It starts
-over when interrupted.
+Three passes: each sample is judged by itself (koala.data.judge, a table an input shard), all are decided on together
+(koala.data.decide), and the kept ones are written (here, an output shard at a time). Judging and writing run in several
+processes. A killed run resumes after the last finished shard; the bytes are the same whatever the number of processes and kills.
 """
 
 import hashlib
-import multiprocessing
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from koala.console import progress, say
 from koala.data.config import FilterConfig
-from koala.data.dedup import Duplicates, dhash
+from koala.data.decide import Plan, decide
+from koala.data.executor import each
 from koala.data.filter_report import FILES, FilterReport
-from koala.data.rules import broken_rule, look
-from koala.data.shards import Sample, ShardWriter, read_shard, shards
+from koala.data.judge import SCORER, judge_shards
+from koala.data.shards import Sample, read_shard, shards, write_shard
 from koala.errors import KoalaError
 from koala.run import STATE, Run
 
-DROPPED = pa.schema({name: pa.string() for name in ("key", "url", "caption", "rule")})
-"""Columns of dropped.parquet."""
-JUDGED = pa.schema({**{field.name: field.type for field in DROPPED}, "sha256": pa.binary(), "dhash": pa.uint64()})
-"""Columns of the judged tables. `rule` is the rule that the sample breaks by itself, or null."""
 NOT_KEPT_META = ("status", "error_message")
 
 
 def filter(config: FilterConfig, images: Path, out: Path, run: Run) -> None:
     """Write the samples of `images` that are worth training on to shards in `out`.
 
-    `out` also gets dropped.parquet (key, url, caption and rule of each dropped sample), report.json and plots.
-    Raises KoalaError if nothing is kept.
+    `out` also gets verdicts/NAME.parquet for each shard NAME.tar of `images` (what became of each sample and why),
+    report.json and plots. Raises KoalaError if nothing is kept, and for a shard that cannot be read.
     """
     inputs = shards(images)
     if not inputs:
         raise KoalaError(f"{images} holds no shards: run `dvc repro download` again")
-    judged = judge_shards(inputs, config, out / STATE / "judged")
-    report = write_kept(inputs, judged, config, out)
+    state = out / STATE
+    judged = judge_shards(inputs, config, state / "judged")
+    plan = decide(judged, config, state, out)
+    report = FilterReport(out / "verdicts")
     summary = report.summary()
     if not summary["kept"]:
         rule, count = next(iter(summary["dropped"].items()), ("no sample at all", 0))
         raise KoalaError(
             f"nothing is kept of {summary['samples']} samples; most often: {rule} ({count}): see filter in params.yaml"
         )
-    report.write(out)
+    write_kept(images, plan, config, out)
+    report.write(images, out)
     run.metrics({name: summary[name] for name in ("samples", "kept", "kept_share")})
     run.metrics({f"dropped.{rule}": count for rule, count in summary["dropped"].items()})
     for name in FILES:
         run.artifact(out / name)
     say(f"filter: {summary['kept']} of {summary['samples']} samples kept ({summary['kept_share']:.1%})")
-    shutil.rmtree(out / STATE)
+    shutil.rmtree(state)
 
 
-def judge_shards(inputs: Sequence[Path], config: FilterConfig, folder: Path) -> list[Path]:
-    """Write a judged table for each shard that has none in `folder`, and return all tables in the shards' order."""
-    folder.mkdir(parents=True, exist_ok=True)
-    outputs = [folder / f"{shard.stem}.parquet" for shard in inputs]
-    jobs = [(shard, output, config) for shard, output in zip(inputs, outputs, strict=True) if not output.is_file()]
-    with _mapper(min(config.machine.processes, len(jobs))) as each:
-        for _ in progress(each(_judge_shard, jobs), "filter: shards", total=len(inputs), done=len(inputs) - len(jobs)):
-            pass
-    return outputs
+@dataclass(frozen=True)
+class _Job:
+    output: Path
+    unfinished: Path
+    sources: tuple[tuple[Path, Path], ...]
+    """Input shards, each with its verdicts."""
 
 
-@contextmanager
-def _mapper(processes: int) -> Iterator[Callable[[Callable[[Any], None], Iterable[Any]], Iterable[None]]]:
-    """Provide `map`, in this process or over a pool whose workers end with this process."""
-    if processes <= 1:
-        yield map
-    else:
-        with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            yield pool.imap_unordered
+def write_kept(images: Path, plan: Plan, config: FilterConfig, out: Path) -> None:
+    """Write the output shards that are not there yet."""
+    jobs = [
+        _Job(
+            out / name,
+            out / STATE / name,
+            tuple((images / f"{source}.tar", out / "verdicts" / f"{source}.parquet") for source in sources),
+        )
+        for name, sources in plan.items()
+    ]
+    pending = [job for job in jobs if not job.output.is_file()]
+    written = each(_write_shard, pending, config.machine.processes)
+    for _ in progress(written, "filter: shards written", total=len(jobs), done=len(jobs) - len(pending)):
+        pass
 
 
-def _judge_shard(job: tuple[Path, Path, FilterConfig]) -> None:
-    shard, output, config = job
-    rows = [judge(sample, config) for sample in read_shard(shard)]
-    unfinished = output.with_suffix(".part")
-    pq.write_table(pa.Table.from_pylist(rows, JUDGED), unfinished)
-    os.replace(unfinished, output)
+def _write_shard(job: _Job) -> None:
+    write_shard(job.output, _kept(job), job.unfinished)
 
 
-def judge(sample: Sample, config: FilterConfig) -> dict[str, Any]:
-    """Return a row of `JUDGED`: the rule that the sample breaks by itself, and the hashes that detect duplicates."""
-    view = look(sample.image)
-    return {
-        "key": sample.key,
-        "url": sample.meta.get("url", ""),
-        "caption": sample.caption,
-        "rule": broken_rule(sample, view, config.rules),
-        "sha256": hashlib.sha256(sample.image).digest(),
-        "dhash": dhash(view.image) if view.image and config.near_duplicate_bits is not None else None,
-    }
-
-
-def write_kept(inputs: Sequence[Path], judged: Sequence[Path], config: FilterConfig, out: Path) -> FilterReport:
-    """Write the samples that break no rule to shards in `out`, the others to its dropped.parquet."""
-    for name in (*FILES, *(shard.name for shard in shards(out))):  # of an interrupted or an earlier call
-        (out / name).unlink(missing_ok=True)
-    report = FilterReport()
-    duplicates = Duplicates(config.near_duplicate_bits)
-    with (
-        ShardWriter(out, config.shard_size) as writer,
-        pq.ParquetWriter(out / "dropped.parquet", DROPPED) as drops,
-    ):
-        for shard, table in zip(inputs, judged, strict=True):
-            dropped = []
-            for sample, row in zip(read_shard(shard), pq.read_table(table).to_pylist(), strict=True):
-                rule = row["rule"] or duplicates.add(row)
-                if rule:
-                    report.drop(sample, rule)
-                    dropped.append({name: row[name] for name in ("key", "url", "caption")} | {"rule": rule})
-                else:
-                    report.keep(sample)
-                    meta = {name: value for name, value in sample.meta.items() if name not in NOT_KEPT_META}
-                    writer.write(replace(sample, meta=meta))
-            drops.write_table(pa.Table.from_pylist(dropped, DROPPED))
-    return report
+def _kept(job: _Job) -> Iterator[Sample]:
+    """Yield the samples of an output shard. Raises KoalaError where an input shard is not the one that was judged."""
+    for shard, verdicts in job.sources:
+        table = pq.read_table(verdicts)
+        scores = [field.name for field in table.schema if SCORER in (field.metadata or {})]
+        table = table.filter(pc.equal(table["shard"], job.output.name)).select(["key", "caption", "sha256", *scores])
+        rows = {row["key"]: row for row in table.to_pylist()}
+        for sample in read_shard(shard, rows):
+            row = rows.pop(sample.key)
+            if (hashlib.sha256(sample.image).digest(), sample.caption) != (row["sha256"], row["caption"]):
+                raise KoalaError(
+                    f"{shard} has changed since it was judged: run the filter again, without its work folder"
+                )
+            meta = {name: value for name, value in sample.meta.items() if name not in NOT_KEPT_META}
+            yield replace(sample, meta=meta | {name: row[name] for name in scores})
+        if rows:
+            raise KoalaError(f"{shard} has lost {len(rows)} samples since it was judged: run the filter again")

@@ -8,12 +8,16 @@ samples give equal bytes, so that DVC sees no change.
 
 import io
 import json
+import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO, cast
+
+from koala.errors import KoalaError
 
 IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
 
@@ -45,14 +49,15 @@ def read_shards(folder: Path) -> Iterator[Sample]:
         yield from read_shard(shard)
 
 
-def read_shard(shard: Path) -> Iterator[Sample]:
-    """Yield the samples of a shard, ordered by key. Members without an image of the same key are skipped.
+def read_shard(shard: Path, only: Container[str] | None = None) -> Iterator[Sample]:
+    """Yield the samples of a shard, ordered by key; of `only` those keys, if given. Skip members without an image of their key.
 
     Keys are webdataset's: a member's path up to the first dot of its file name.
+    Raises KoalaError, which names the file, where it is gone, is no tar file, is cut off, or holds metadata that is no JSON.
     """
-    with tarfile.open(shard, "r:") as tar:
+    with _opened(shard) as tar:
         members: dict[str, dict[str, tarfile.TarInfo]] = {}
-        for member in tar.getmembers():
+        for member in _members(tar):
             folder, slash, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
             if member.isfile() and stem:
@@ -60,15 +65,72 @@ def read_shard(shard: Path) -> Iterator[Sample]:
         for key in sorted(members):
             parts = members[key]
             images = sorted(parts.keys() & IMAGE_EXTENSIONS)
-            if images:
+            if images and (only is None or key in only):
                 caption = _read(tar, parts.get("txt")).decode(errors="replace")
-                meta = json.loads(_read(tar, parts.get("json")) or b"{}")
+                meta = _meta(_read(tar, parts.get("json")), shard, key)
                 yield Sample(key, _read(tar, parts[images[0]]), images[0], caption, meta)
+
+
+@contextmanager
+def _opened(shard: Path) -> Iterator[tarfile.TarFile]:
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            yield tar
+    except FileNotFoundError:
+        raise KoalaError(f"{shard} is gone: make it again, or leave its folder alone while a stage reads it") from None
+    except tarfile.TarError as error:
+        raise KoalaError(f"{shard} is no whole tar file ({error}): make it again, or remove it") from None
+
+
+def _members(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    """Return a tar file's members. tarfile takes a broken or missing header for the end: insist on the end's zeros."""
+    members = tar.getmembers()
+    file = cast(BinaryIO, tar.fileobj)
+    file.seek(tar.offset)
+    end = file.read(tarfile.BLOCKSIZE)
+    if len(end) < tarfile.BLOCKSIZE or any(end):
+        raise tarfile.ReadError(f"it breaks off at byte {tar.offset}")
+    while more := file.read(1 << 20):
+        if any(more):
+            raise tarfile.ReadError("it goes on after its end")
+    return members
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> bytes:
     file = tar.extractfile(member) if member else None
     return file.read() if file else b""
+
+
+def _meta(data: bytes, shard: Path, key: str) -> dict[str, Any]:
+    try:
+        meta = json.loads(data or b"{}")
+    except (ValueError, RecursionError):
+        meta = None
+    if not isinstance(meta, dict):
+        raise KoalaError(f"{shard}: {key}.json is no JSON object: make the shard again, or remove it")
+    return meta
+
+
+def write_shard(file: Path, samples: Iterable[Sample], unfinished: Path) -> None:
+    """Write samples to a tar file. It lies at `unfinished`, on the same file system, until it is whole."""
+    with _created(unfinished) as tar:
+        for sample in samples:
+            _add(tar, sample)
+    os.replace(unfinished, file)
+
+
+def _created(file: Path) -> tarfile.TarFile:
+    # PAX differs from USTAR only where a name is long or not ASCII.
+    return tarfile.open(file, "w", format=tarfile.PAX_FORMAT)
+
+
+def _add(tar: tarfile.TarFile, sample: Sample) -> None:
+    meta = json.dumps(sample.meta, sort_keys=True).encode()
+    for extension, content in ((sample.extension, sample.image), ("txt", sample.caption.encode()), ("json", meta)):
+        # A new TarInfo holds no time, owner or umask of this machine.
+        member = tarfile.TarInfo(f"{sample.key}.{extension}")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
 
 
 class ShardWriter:
@@ -86,19 +148,10 @@ class ShardWriter:
         """Append a sample, to a new shard if the current one is full."""
         if self._written % self._shard_size == 0:
             self._close()
-            shard = self._folder / f"{self._written // self._shard_size:05d}.tar"
-            self._tar = tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        self._add(f"{sample.key}.{sample.extension}", sample.image)
-        self._add(f"{sample.key}.txt", sample.caption.encode())
-        self._add(f"{sample.key}.json", json.dumps(sample.meta, sort_keys=True).encode())
-        self._written += 1
-
-    def _add(self, name: str, content: bytes) -> None:
-        # A new TarInfo holds no time, owner or umask of this machine.
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
+            self._tar = _created(self._folder / f"{self._written // self._shard_size:05d}.tar")
         assert self._tar is not None
-        self._tar.addfile(member, io.BytesIO(content))
+        _add(self._tar, sample)
+        self._written += 1
 
     def _close(self) -> None:
         if self._tar:

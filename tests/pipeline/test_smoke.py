@@ -37,6 +37,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "approvals.yaml",
         "source.lock.yaml",
         "dvc.yaml",
+        "forget.yaml",
         "params.yaml",
         "prefect.toml",
         ".dvcignore",

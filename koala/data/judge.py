@@ -1,0 +1,226 @@
+"""The filter's first pass: judges each sample by itself, a table a shard.
+
+A table holds the values that rules measure, the rule that the sample breaks, and the fingerprints by which the second pass
+finds duplicates.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from koala.console import progress
+from koala.data.config import FilterConfig
+from koala.data.executor import each
+from koala.data.fingerprints import TABLES, dhash, pattern, plane_hashes, thumbnail
+from koala.data.rules.base import View, look, original_size
+from koala.data.rules.language import Language
+from koala.data.shards import Sample, read_shard
+from koala.errors import KoalaError
+
+FACTS = pa.schema(
+    {
+        "key": pa.string(),
+        "url": pa.string(),
+        "caption": pa.string(),
+        "rule": pa.string(),  # the first rule that the sample breaks by itself, or null
+        "sha256": pa.binary(32),  # of the image in the shard
+        "dhash": pa.uint64(),
+        "original_width": pa.int32(),
+        "original_height": pa.int32(),
+        "language": pa.string(),
+    }
+)
+"""Columns of a verdict that are known of a sample by itself. The measured values follow, float64."""
+LOOK_HASHES = tuple(f"look_{table}" for table in range(TABLES))
+EMBEDDING_HASHES = tuple(f"embedding_{table}" for table in range(TABLES))
+FINGERPRINTS = pa.schema(
+    {
+        "position": pa.int64(),  # the shard's index * 2**32 + the row
+        "fetched_sha256": pa.binary(32),  # of the file before the download resized it, where recorded
+        "thumbnail": pa.binary(),
+        "embedding": pa.binary(),  # float16
+        **{name: pa.uint64() for name in (*LOOK_HASHES, *EMBEDDING_HASHES)},
+    }
+)
+"""Columns that only the second pass needs."""
+SCORER = b"scorer"
+"""Metadata of a value's field that comes from a scorer: such values travel on with the sample."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    index: int
+    shard: Path
+    scores: Path | None
+    output: Path
+    config: FilterConfig
+
+    def stamp(self) -> str:
+        """Return what a table is made from. One with another stamp is made again."""
+        files = [file.stat() for file in (self.shard, self.scores) if file]
+        state = [(file.st_size, file.st_mtime_ns) for file in files]
+        return json.dumps([self.index, self.shard.name, state, self.config.recipe()["rules"]])
+
+    def finished(self) -> bool:
+        """Return whether the table is there."""
+        return self.output.is_file() and pq.read_schema(self.output).metadata.get(b"stamp") == self.stamp().encode()
+
+
+def judge_shards(inputs: Sequence[Path], config: FilterConfig, folder: Path, scores: Path | None = None) -> list[Path]:
+    """Write a judged table for each shard that has none in `folder`, and return all tables in the shards' order.
+
+    scores: a folder with NAME.parquet for each shard NAME.tar: key, sha256, float32 columns and, if there is one, `embedding`.
+    Raises KoalaError where a shard cannot be read, or its scores are missing or of other samples.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        _Job(
+            index,
+            shard,
+            scores and scores / f"{shard.stem}.parquet",
+            folder / f"{shard.stem}.parquet",
+            config,
+        )
+        for index, shard in enumerate(inputs)
+    ]
+    for job in jobs:
+        for file in (job.shard, job.scores):
+            if file and not file.is_file():
+                raise KoalaError(f"{file} is gone: make its folder again")
+    pending = [job for job in jobs if not job.finished()]
+    done = each(_judge_shard, pending, config.machine.processes)
+    for _ in progress(done, "filter: shards judged", total=len(jobs), done=len(jobs) - len(pending)):
+        pass
+    return [job.output for job in jobs]
+
+
+def _judge_shard(job: _Job) -> None:
+    stamp = job.stamp()
+    scores = Scores.read(job.scores) if job.scores else None
+    values = dict.fromkeys(name for rule in job.config.rules for name in rule.bounds())
+    columns = [pa.field(name, pa.float64()) for name in values if not scores or name not in scores.names]
+    if scores:
+        columns += [pa.field(name, pa.float64(), metadata={SCORER: b"1"}) for name in scores.names]
+    schema = pa.schema([*FACTS, *columns, *FINGERPRINTS], metadata={"stamp": stamp})
+    samples = read_shard(job.shard)
+    rows = []
+    for row, sample in enumerate(scores.join(samples) if scores else samples):
+        scored = scores.of(sample) if scores else {}
+        rows.append(judge(sample, job.config) | scored | {"position": (job.index << 32) + row})
+    _add_hashes(rows, "thumbnail", LOOK_HASHES, lambda pixels: pattern(np.frombuffer(pixels, np.uint8)[None])[0])
+    _add_hashes(rows, "embedding", EMBEDDING_HASHES, lambda embedding: np.frombuffer(embedding, np.float16))
+    unfinished = job.output.with_suffix(".part")
+    pq.write_table(pa.Table.from_pylist(rows, schema), unfinished)
+    os.replace(unfinished, job.output)
+
+
+def _add_hashes(
+    rows: Sequence[dict[str, Any]], fingerprint: str, names: Sequence[str], vector: Callable[[bytes], np.ndarray]
+) -> None:
+    """Add the hashes of a fingerprint's vector, under `names`, to the rows that have one."""
+    there = [row for row in rows if row.get(fingerprint)]
+    if there:
+        vectors = np.stack([vector(row[fingerprint]) for row in there])
+        for row, found in zip(there, plane_hashes(vectors), strict=True):
+            row |= zip(names, map(int, found), strict=True)
+
+
+def judge(sample: Sample, config: FilterConfig) -> dict[str, Any]:
+    """Return a sample's `FACTS`, its measured values and its fingerprints."""
+    view = look(sample.image)
+    rule, values = view.fault, dict[str, float]()
+    for each_rule in config.rules:
+        found = each_rule.measure(sample, view)
+        rule = rule or each_rule.broken(found)
+        values |= found
+    width, height = original_size(sample, view)
+    facts = {
+        "key": sample.key,
+        "url": str(sample.meta.get("url") or ""),
+        "caption": sample.caption,
+        "rule": rule,
+        "sha256": hashlib.sha256(sample.image).digest(),
+        "original_width": width,
+        "original_height": height,
+        "language": _language(sample, config),
+        "fetched_sha256": _fetched(sample),
+    }
+    # Not a number: the value is missing.
+    return facts | {name: None if value != value else float(value) for name, value in values.items()} | _looks(view)
+
+
+def _language(sample: Sample, config: FilterConfig) -> str | None:
+    return next((rule.language(sample.caption) for rule in config.rules if isinstance(rule, Language)), None)
+
+
+def _fetched(sample: Sample) -> bytes | None:
+    try:
+        value = bytes.fromhex(sample.meta.get("sha256") or "")
+    except (TypeError, ValueError):
+        return None
+    return value if len(value) == 32 else None
+
+
+def _looks(view: View) -> dict[str, Any]:
+    if view.small is None:
+        return {}
+    return {"dhash": dhash(view.small), "thumbnail": thumbnail(view.small)}
+
+
+class Scores:
+    """A scorer's table of one shard."""
+
+    def __init__(self, file: Path, table: pa.Table) -> None:
+        """Take the table of `file`."""
+        self._file = file
+        self._sha256 = dict(zip(table["key"].to_pylist(), table["sha256"].to_pylist(), strict=True))
+        self.names = [field.name for field in table.schema if pa.types.is_floating(field.type)]
+        """Columns of scores."""
+        self._scores = dict(zip(self._sha256, table.select(self.names).to_pylist(), strict=True))
+        self._embeddings: dict[str, np.ndarray] = {}
+        if "embedding" in table.column_names:
+            column = table["embedding"].combine_chunks()
+            flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float16)
+            self._embeddings = dict(
+                zip(
+                    (key for key, there in zip(self._sha256, column.is_valid().to_pylist(), strict=True) if there),
+                    flat.reshape(-1, column.type.list_size),
+                    strict=True,
+                )
+            )
+
+    @classmethod
+    def read(cls, file: Path) -> "Scores":
+        """Read a table. Raises KoalaError where it is none of a scorer's."""
+        try:
+            table = pq.read_table(file)
+            return cls(file, table)
+        except (OSError, pa.ArrowException, KeyError, ValueError, AttributeError) as error:
+            line = " ".join(str(error).split())[:200]
+            raise KoalaError(f"{file} is no table of scores ({line}): make the scores again") from None
+
+    def join(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        """Yield the samples, each with its scores in `meta`. Raises KoalaError where the table is of other samples."""
+        seen = 0
+        for sample in samples:
+            if self._sha256.get(sample.key) != hashlib.sha256(sample.image).digest():
+                raise KoalaError(f"{self._file} holds no scores of the image {sample.key}: make the scores again")
+            seen += 1
+            yield replace(sample, meta=sample.meta | self._scores[sample.key])
+        if seen != len(self._sha256):
+            raise KoalaError(
+                f"{self._file} holds scores of {len(self._sha256)} images, not {seen}: make the scores again"
+            )
+
+    def of(self, sample: Sample) -> dict[str, Any]:
+        """Return a sample's scores and, if it has one, its embedding."""
+        embedding = self._embeddings.get(sample.key)
+        return {**self._scores[sample.key], "embedding": None if embedding is None else embedding.tobytes()}
