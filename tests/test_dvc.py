@@ -45,6 +45,7 @@ HOUSEKEEPING = {
     "koala/config.py",
     "koala/console.py",
     "koala/errors.py",
+    "koala/page.py",
     "koala/plots.py",
     "koala/process.py",
     "koala/run.py",
