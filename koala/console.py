@@ -2,6 +2,7 @@
 
 import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -9,6 +10,7 @@ T = TypeVar("T")
 
 LOG_EVERY_SECONDS = 10.0
 _BAR_WIDTH = 24
+_DIRECTIONS = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def progress(
@@ -81,6 +83,17 @@ def show(text: str) -> None:
     """Write what a command gives to stdout, with a newline, and flush it."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
+
+
+def harmless(text: str) -> str:
+    """Return text from outside in one line, without what a terminal would obey and what turns the direction of writing."""
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if _commands(character) else character for character in " ".join(text.split())
+    )
+
+
+def _commands(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTIONS
 
 
 def hide_loading_bars() -> None:

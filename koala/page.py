@@ -1,6 +1,6 @@
 """Parts of a report as one HTML file: nothing is fetched, nothing runs, and text from outside is shown as text.
 
-    file.write_text(page("Filter", ["<h1>Filter</h1>", table(("rule", "samples"), rows)]), encoding="utf-8")
+file.write_text(page("Filter", ["<h1>Filter</h1>", table(("rule", "samples"), rows)]), encoding="utf-8")
 """
 
 import base64

@@ -21,41 +21,53 @@ import pyarrow.parquet as pq
 from koala.console import progress, say
 from koala.data.config import FilterConfig
 from koala.data.dedup import Duplicates, dhash
-from koala.data.filter_report import FILES, FilterReport
-from koala.data.rules import broken_rule, look
+from koala.data.filter_report import PAGE, PLOTS, SUMMARY, report
+from koala.data.rules import Aspect, Rule, Scores, Size, Words, broken_rule, count_words, look
 from koala.data.shards import Sample, ShardWriter, read_shard, shards
+from koala.data.tally import FOLDER, Bounds
 from koala.errors import KoalaError
 from koala.run import STATE, Run
 
-DROPPED = pa.schema({name: pa.string() for name in ("key", "url", "caption", "rule")})
-"""Columns of dropped.parquet."""
-JUDGED = pa.schema({**{field.name: field.type for field in DROPPED}, "sha256": pa.binary(), "dhash": pa.uint64()})
+JUDGED = pa.schema(
+    {**{name: pa.string() for name in ("key", "url", "caption", "rule")}, "sha256": pa.binary(32), "dhash": pa.uint64()}
+)
 """Columns of the judged tables. `rule` is the rule that the sample breaks by itself, or null."""
+VERDICT = pa.schema(
+    [
+        *JUDGED,
+        ("shard", pa.string()),
+        ("original_width", pa.int32()),
+        ("original_height", pa.int32()),
+        ("group", pa.int64()),
+        ("language", pa.string()),
+    ]
+)
+VALUES = ("words", "size", "aspect")
+"""Columns of the verdicts: those of any, and the measured values that do not come with the table."""
 NOT_KEPT_META = ("status", "error_message")
 
 
 def filter(config: FilterConfig, images: Path, out: Path, run: Run) -> None:
     """Write the samples of `images` that are worth training on to shards in `out`.
 
-    `out` also gets dropped.parquet (key, url, caption and rule of each dropped sample), report.json and plots.
+    `out` also gets verdicts/ (the rule, the measured values and the hashes of each sample) and the report.
     Raises KoalaError if nothing is kept.
     """
     inputs = shards(images)
     if not inputs:
         raise KoalaError(f"{images} holds no shards: run `dvc repro download` again")
     judged = judge_shards(inputs, config, out / STATE / "judged")
-    report = write_kept(inputs, judged, config, out)
-    summary = report.summary()
+    write_kept(inputs, judged, config, out)
+    summary = report(out / FOLDER, images, bounds(config.rules), out)
     if not summary["kept"]:
         rule, count = next(iter(summary["dropped"].items()), ("no sample at all", 0))
         raise KoalaError(
             f"nothing is kept of {summary['samples']} samples; most often: {rule} ({count}): see filter in params.yaml"
         )
-    report.write(out)
     run.metrics({name: summary[name] for name in ("samples", "kept", "kept_share")})
     run.metrics({f"dropped.{rule}": count for rule, count in summary["dropped"].items()})
-    for name in FILES:
-        run.artifact(out / name)
+    for file in (out / SUMMARY, out / PAGE, *sorted((out / PLOTS).iterdir())):
+        run.artifact(file)
     say(f"filter: {summary['kept']} of {summary['samples']} samples kept ({summary['kept_share']:.1%})")
     shutil.rmtree(out / STATE)
 
@@ -102,26 +114,49 @@ def judge(sample: Sample, config: FilterConfig) -> dict[str, Any]:
     }
 
 
-def write_kept(inputs: Sequence[Path], judged: Sequence[Path], config: FilterConfig, out: Path) -> FilterReport:
-    """Write the samples that break no rule to shards in `out`, the others to its dropped.parquet."""
-    for name in (*FILES, *(shard.name for shard in shards(out))):  # of an interrupted or an earlier call
+def bounds(rules: Iterable[Rule]) -> Bounds:
+    """Return the bounds of the rules on values that a verdict holds."""
+    found: dict[str, tuple[float | None, float | None]] = {}
+    for rule in rules:
+        match rule:
+            case Words():
+                found["words"] = (rule.at_least, rule.at_most)
+            case Size():
+                found["size"] = (rule.at_least, None)
+            case Aspect():
+                found["aspect"] = (None, rule.at_most)
+            case Scores():
+                found |= {
+                    name: (rule.at_least.get(name), rule.at_most.get(name))
+                    for name in {**rule.at_least, **rule.at_most}
+                }
+    return found
+
+
+def write_kept(inputs: Sequence[Path], judged: Sequence[Path], config: FilterConfig, out: Path) -> None:
+    """Write the samples that break no rule to shards in `out`, and a verdict on each to its verdicts/."""
+    for name in (SUMMARY, *(shard.name for shard in shards(out))):  # of an interrupted or an earlier call
         (out / name).unlink(missing_ok=True)
-    report = FilterReport()
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    (out / FOLDER).mkdir()
+    scores = [name for name in bounds(config.rules) if name not in VALUES]
+    schema = pa.schema([*VERDICT, *(pa.field(name, pa.float64()) for name in (*VALUES, *scores))])
     duplicates = Duplicates(config.near_duplicate_bits)
-    with (
-        ShardWriter(out, config.shard_size) as writer,
-        pq.ParquetWriter(out / "dropped.parquet", DROPPED) as drops,
-    ):
+    written = 0
+    with ShardWriter(out, config.shard_size) as writer:
         for shard, table in zip(inputs, judged, strict=True):
-            dropped = []
+            verdicts = []
             for sample, row in zip(read_shard(shard), pq.read_table(table).to_pylist(), strict=True):
                 rule = row["rule"] or duplicates.add(row)
-                if rule:
-                    report.drop(sample, rule)
-                    dropped.append({name: row[name] for name in ("key", "url", "caption")} | {"rule": rule})
-                else:
-                    report.keep(sample)
+                width, height = (int(sample.meta.get(f"original_{side}") or 0) for side in ("width", "height"))
+                verdict = row | {"rule": rule, "original_width": width, "original_height": height}
+                verdict |= {"words": count_words(sample.caption), "size": min(width, height)}
+                verdict |= {"aspect": max(width, height) / max(min(width, height), 1)}
+                verdict |= {name: value for name in scores if isinstance(value := sample.meta.get(name), int | float)}
+                if not rule:
+                    verdict["shard"] = f"{written // config.shard_size:05d}"
+                    written += 1
                     meta = {name: value for name, value in sample.meta.items() if name not in NOT_KEPT_META}
                     writer.write(replace(sample, meta=meta))
-            drops.write_table(pa.Table.from_pylist(dropped, DROPPED))
-    return report
+                verdicts.append(verdict)
+            pq.write_table(pa.Table.from_pylist(verdicts, schema), out / FOLDER / f"{shard.stem}.parquet")

@@ -9,7 +9,7 @@ samples give equal bytes, so that DVC sees no change.
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -45,8 +45,10 @@ def read_shards(folder: Path) -> Iterator[Sample]:
         yield from read_shard(shard)
 
 
-def read_shard(shard: Path) -> Iterator[Sample]:
+def read_shard(shard: Path, only: Container[str] | None = None) -> Iterator[Sample]:
     """Yield the samples of a shard, ordered by key. Members without an image of the same key are skipped.
+
+    Where `only` is given, the content of samples with other keys is not read.
 
     Keys are webdataset's: a member's path up to the first dot of its file name.
     """
@@ -60,7 +62,7 @@ def read_shard(shard: Path) -> Iterator[Sample]:
         for key in sorted(members):
             parts = members[key]
             images = sorted(parts.keys() & IMAGE_EXTENSIONS)
-            if images:
+            if images and (only is None or key in only):
                 caption = _read(tar, parts.get("txt")).decode(errors="replace")
                 meta = json.loads(_read(tar, parts.get("json")) or b"{}")
                 yield Sample(key, _read(tar, parts[images[0]]), images[0], caption, meta)
