@@ -75,8 +75,8 @@ def tally(verdicts: Path, scratch: Path) -> "Iterator[Tally]":
         raise KoalaError(f"{verdicts} holds no verdicts: run `dvc repro filter` again")
     scratch.mkdir(parents=True, exist_ok=True)
     with connection(scratch) as database:
-        names = ", ".join(_literal(glob.escape(str(file))) for file in files)
-        database.execute(f"CREATE VIEW verdicts AS FROM read_parquet([{names}], filename = {_literal(_INPUT)})")
+        names = ", ".join(string(glob.escape(str(file))) for file in files)
+        database.execute(f"CREATE VIEW verdicts AS FROM read_parquet([{names}], filename = {string(_INPUT)})")
         yield Tally(database)
     shutil.rmtree(scratch)
 
@@ -244,7 +244,8 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _literal(text: str) -> str:
+def string(text: str) -> str:
+    """Return text as SQL has it."""
     return "'" + text.replace("'", "''") + "'"
 
 
