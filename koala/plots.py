@@ -69,7 +69,7 @@ def histogram(
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.tick_params(labelsize="small")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small", borderpad=0, handlelength=1)
+    figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize="small", borderpad=0, handlelength=1)
     return figure
 
 

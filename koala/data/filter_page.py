@@ -46,7 +46,9 @@ figcaption { font-size: .8rem; line-height: 1.35; margin-top: .4rem; overflow-wr
 figcaption b { color: #b3492e; display: block; } .kept b { color: #2a6f97; }
 figcaption bdi { -webkit-box-orient: vertical; -webkit-line-clamp: 4; display: -webkit-box; overflow: hidden; }
 figcaption code { color: #555; display: block; font-size: .72rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-@media (max-width: 500px) { .sheet { grid-template-columns: repeat(2, 1fr); } th, td { padding: .3rem .4rem; } }
+@media (max-width: 500px) {
+  .sheet { grid-template-columns: repeat(2, 1fr); } th, td { padding: .3rem .4rem; } .bar { min-width: 4rem; }
+}
 """
 
 
@@ -150,7 +152,7 @@ def _table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str], str]
 
 def _bar(whole: int, *parts: int) -> str:
     """Return a bar of two colours: what is kept, and what is dropped."""
-    shares = (100 * part / whole for part in parts)
+    shares = (100 * part / max(whole, 1) for part in parts)
     return "<div>" + "".join(f'<i style="width:{share:.2f}%"></i>' for share in shares) + "</div>"
 
 

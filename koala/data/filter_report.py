@@ -139,19 +139,22 @@ def _write_plots(
         drawn = [Image.open(io.BytesIO(plot)).convert("RGB") for plot in plots.values()]
         tiles(drawn, across=min(3, len(drawn))).save(folder / "values.png")
     for name, sheet in sheets.items():
-        shown = [(verdict, f"{title}: {said}") for title, samples in sheet.items() for verdict, said in samples]
+        shown = [
+            (verdict, _joined(title, said, harmless(verdict.caption)))
+            for title, samples in sheet.items()
+            for verdict, said in samples
+        ]
         if shown:
             _sheet(shown, pictures).save(folder / f"{name}.png")
 
 
+def _joined(*parts: str) -> str:
+    return ": ".join(part for part in parts if part)
+
+
 def _sheet(shown: Sequence[Shown], pictures: Pictures) -> Image.Image:
     blank = Image.new("RGB", (32, 32), "lightgray")
-    return contact_sheet(
-        [
-            (pictures.get((verdict.shard, verdict.key), blank), f"{said} {harmless(verdict.caption)}".lstrip(": "))
-            for verdict, said in shown
-        ]
-    )
+    return contact_sheet([(pictures.get((verdict.shard, verdict.key), blank), text) for verdict, text in shown])
 
 
 def _plot(name: str, found: Histogram, bounds: Bounds, samples: int) -> bytes:
@@ -160,8 +163,13 @@ def _plot(name: str, found: Histogram, bounds: Bounds, samples: int) -> bytes:
     said = [f"{words} {bound:g}" for words, bound in (("at least", least), ("at most", greatest)) if bound is not None]
     if missing := samples - sum(found.kept) - sum(found.dropped):
         said.append(f"{missing:,} without")
+    # Between whole numbers the line stands between two bars.
     half = 0.5 if found.whole else 0.0
-    lines = [bound + shift for bound, shift in ((least, -half), (greatest, half)) if bound is not None]
+    lines = [
+        bound + shift * (bound == round(bound))
+        for bound, shift in ((least, -half), (greatest, half))
+        if bound is not None
+    ]
     inside = [line for line in lines if found.edges[0] <= line <= found.edges[-1]]
     title = f"{name[:_NAME]}: {', '.join(said)}" if said else name[:_NAME]
     content = io.BytesIO()

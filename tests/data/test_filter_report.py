@@ -120,13 +120,14 @@ def test_a_histogram_counts_every_sample_that_has_the_value(tmp_path: Path) -> N
 
 def test_what_just_passed_is_nearest_to_the_bound_and_kept(tmp_path: Path) -> None:
     rows = [verdict(number, aesthetic=5 + number / 10) for number in range(20)]
-    rows += [verdict(20, "blocklist", aesthetic=5.0), verdict(21, "score.aesthetic", aesthetic=4.99), verdict(22)]
+    rows += [verdict(20, "blocklist", aesthetic=5.0), verdict(21, "score.aesthetic", aesthetic=4.99)]
+    rows += [verdict(22, words=18.0), verdict(23, words=19.0), verdict(24, "many_words", words=21.0)]
     _, parsed = reported(tmp_path, rows)
     shown = parsed.figures["aesthetic at least 5"]
     assert [figure["words"][0] for figure in shown] == [f"aesthetic {5 + number / 10:.4g}" for number in range(8)]
     assert [figure["colour"] for figure in shown] == [colour(number) for number in range(8)]
-    at_most = parsed.figures["words at most 20"]
-    assert len(at_most) == 8
+    at_most = [figure["words"][0] for figure in parsed.figures["words at most 20"]]
+    assert at_most == ["words 19", "words 18", *["words 3"] * 6]
 
 
 def test_dropped_samples_are_shown_by_rule_with_what_they_broke(tmp_path: Path) -> None:
@@ -217,9 +218,15 @@ def test_the_same_verdicts_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
-    folder = tmp_path / "it's [1] *?"
+    folder = tmp_path / "it's [12] *?"
     folder.mkdir()
+    made.write(tmp_path / "it's 1 of others", [[verdict(number) for number in range(5)]])
     assert reported(folder, [verdict(0), verdict(1)])[0]["samples"] == 2
+
+
+def test_shards_without_samples_have_a_report(tmp_path: Path) -> None:
+    summary, _ = reported(tmp_path, [])
+    assert (summary["samples"], summary["kept"], summary["dropped"]) == (0, 0, {})
 
 
 def test_no_verdicts_is_one_line(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def write(folder: Path, shards: Sequence[Sequence[Mapping[str, Any]]], broken: S
     """Write the verdicts on each input shard, and the shards: images of one colour. Return both folders."""
     verdicts, images = folder / "verdicts", folder / "images"
     verdicts.mkdir(parents=True)
-    size = len(shards[0])
+    size = max(len(shards[0]), 1)
     with ShardWriter(images, size) as writer:
         for number, rows in enumerate(shards):
             pq.write_table(
