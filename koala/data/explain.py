@@ -114,7 +114,7 @@ def _way(artifacts: "_Artifacts", sample: str, table: Path, images: Path, kept: 
 
 def _value(value: float | None, bounds: tuple[float | None, float | None] | None) -> Value:
     least, greatest = bounds or (None, None)
-    if value is None or not math.isfinite(value):
+    if value is None:
         return Value(None, least, greatest, outside=False)
     return Value(value, least, greatest, is_outside(value, least, greatest))
 
