@@ -515,6 +515,19 @@ def data_forget(
     )
 
 
+@data.command("explain")
+def data_explain(
+    sample: Annotated[str, typer.Argument(metavar="KEY|URL", help="a sample's key, or its image's URL")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON only")] = False,
+) -> None:
+    """Show a sample's way: table, download, verdict, latents."""
+    from koala.data.explain import explain, show_way
+    from koala.runner import artifact
+
+    folders = {noun: artifact(noun) for noun in ("table", "images", "kept", "latents")}
+    show_way(explain(sample, **folders), as_json)
+
+
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on random weights.")
 app.add_typer(bench, name="bench", rich_help_panel=TOOLS)
 

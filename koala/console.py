@@ -2,6 +2,7 @@
 
 import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ T = TypeVar("T")
 LOG_EVERY_SECONDS = 10.0
 _BAR_WIDTH = 24
 _FILE_WIDTH = 2_000  # characters of a table's line at most, where no terminal sets them
+_DIRECTIONS = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def progress(
@@ -100,6 +102,17 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: s
     if not console.is_terminal:
         console.width = _FILE_WIDTH
     console.print(table)
+
+
+def harmless(text: str) -> str:
+    """Return text from outside in one line, without what a terminal would obey and what turns the direction of writing."""
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if _commands(character) else character for character in " ".join(text.split())
+    )
+
+
+def _commands(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTIONS
 
 
 def hide_loading_bars() -> None:

@@ -168,7 +168,10 @@ class Profile(Config):
 
     @model_validator(mode="after")
     def _scores_are_there(self) -> Self:
-        there = (*self.source.score_columns, *(scorer.kind for scorer in self.score.scorers))
+        computed = [scorer.kind for scorer in self.score.scorers]
+        if twice := {*computed} & {*self.source.score_columns}:
+            raise ValueError(f"score.scorers computes {min(twice)!r}, which the source carries along too: take one out")
+        there = (*self.source.score_columns, *computed)
         for rule in self.filter.rules:
             named = [*rule.at_least, *rule.at_most] if isinstance(rule, Scores) else []
             if absent := [column for column in named if column not in there]:

@@ -15,6 +15,8 @@ _MARGIN = 6
 _SHEET_CELL, _SHEET_LINES, _SHEET_LINE_HEIGHT = 160, 3, 13
 _SMALLEST_CELL = 96  # smaller images are enlarged, pixel by pixel, to be visible
 _TEXT_WIDTH = 190
+_SERIES = ("#2a6f97", "#e07a5f")
+"""Colours of a histogram's series, which also those tell apart who do not see red from green."""
 
 
 def bars(counts: Mapping[str, int], unit: str, title: str) -> "Figure":
@@ -35,16 +37,39 @@ def bars(counts: Mapping[str, int], unit: str, title: str) -> "Figure":
     return figure
 
 
-def histogram(counts: Mapping[int, int] | Mapping[float, int], unit: str, title: str, width: float = 0.8) -> "Figure":
-    """Plot counts of samples over integers, or over the middles of bins of a width."""
+def histogram(
+    edges: Sequence[float], counts: Mapping[str, Sequence[int]], lines: Sequence[float], title: str
+) -> "Figure":
+    """Plot counts of samples by a value: the bars of each name of `counts` on those of the names before it.
+
+    Args:
+        edges: Ends of the bins.
+        counts: Name -> samples in each bin.
+        lines: Values that are marked.
+        title: What the value is.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    figure = Figure(figsize=(4.2, 2.4), layout="constrained", dpi=150)
     axes = figure.subplots()
-    axes.bar(list(counts), list(counts.values()), width)
-    axes.set_xlabel(unit)
-    axes.set_ylabel("samples")
-    axes.set_title(title)
+    below = [0] * (len(edges) - 1)
+    for (name, series), colour in zip(counts.items(), _SERIES, strict=False):
+        axes.stairs(
+            [a + b for a, b in zip(below, series, strict=True)],
+            edges,
+            baseline=below,
+            fill=True,
+            color=colour,
+            label=name,
+        )
+        below = [a + b for a, b in zip(below, series, strict=True)]
+    for line in lines:
+        axes.axvline(line, color="#1b1b1b", linewidth=1.2, linestyle="--")
+    axes.set_title(title, fontsize="medium", loc="left", parse_math=False)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.tick_params(labelsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize="small", borderpad=0, handlelength=1)
     return figure
 
 

@@ -273,13 +273,14 @@ assert {code_class!r} in parameters.schema()["$defs"]
 
 
 def test_8_only_the_console_writes_to_stdout() -> None:
-    """What a command gives goes by koala.console, or by a rich console of koala.inspect, which is a command."""
+    """What a command gives goes by koala.console.show, or by a rich console of a command's own."""
     writes = r"(?<!\.)\bprint\(|\becho\(|sys\.__?stdout|sys\.stdout|os\.write\(1\b"
     files = [file for file in [*KOALA, *FLOWS] if name_of(file) != "koala.console"]
     assert [name_of(file) for file in files if re.search(writes, file.read_text())] == []
     to_stdout = r"\bConsole\((?!.*stderr=True)"
     assert {name_of(file) for file in KOALA + FLOWS if re.search(to_stdout, file.read_text())} == {
         "koala.console",
+        "koala.data.explain",
         "koala.inspect",
     }
 

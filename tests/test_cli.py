@@ -41,6 +41,10 @@ def test_missing_stage_output(workspace: Path) -> None:
     assert "artifacts/smoke/table is missing: run `dvc repro source`" in one_line(koala("download"))
 
 
+def test_a_sample_that_nothing_knows(workspace: Path) -> None:
+    assert "no artifact of this profile knows '000000007'" in one_line(koala("data", "explain", "000000007"))
+
+
 def test_outside_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "run koala in the project's folder" in one_line(koala("source"))

@@ -18,7 +18,7 @@ from koala.console import progress, say
 from koala.data.config import FilterConfig
 from koala.data.decide import Plan, decide
 from koala.data.executor import each
-from koala.data.filter_report import FILES, FilterReport
+from koala.data.filter_report import PAGE, PLOTS, SUMMARY, report
 from koala.data.judge import SCORER, judge_shards
 from koala.data.shards import Sample, read_shard, shards, write_shard
 from koala.errors import KoalaError
@@ -27,31 +27,31 @@ from koala.run import STATE, Run
 NOT_KEPT_META = ("status", "error_message")
 
 
-def filter(config: FilterConfig, images: Path, out: Path, run: Run) -> None:
+def filter(config: FilterConfig, images: Path, scores: Path, out: Path, run: Run) -> None:
     """Write the samples of `images` that are worth training on to shards in `out`.
 
-    `out` also gets verdicts/NAME.parquet for each shard NAME.tar of `images` (what became of each sample and why),
-    report.json and plots. Raises KoalaError if nothing is kept, and for a shard that cannot be read.
+    `out` also gets verdicts/NAME.parquet for each shard NAME.tar of `images` (what became of each sample and why), and the
+    report (koala.data.filter_report). `scores` holds a table of scores for each shard, or none.
+    Raises KoalaError if nothing is kept, and for a shard that cannot be read.
     """
     inputs = shards(images)
     if not inputs:
         raise KoalaError(f"{images} holds no shards: run `dvc repro download` again")
     state = out / STATE
-    judged = judge_shards(inputs, config, state / "judged")
+    judged = judge_shards(inputs, config, state / "judged", scores if any(scores.glob("*.parquet")) else None)
     plan = decide(judged, config, state, out)
-    report = FilterReport(out / "verdicts")
-    summary = report.summary()
+    bounds = {name: ends for rule in config.rules for name, ends in rule.bounds().items()}
+    summary = report(out / "verdicts", images, bounds, out)
     if not summary["kept"]:
         rule, count = next(iter(summary["dropped"].items()), ("no sample at all", 0))
         raise KoalaError(
             f"nothing is kept of {summary['samples']} samples; most often: {rule} ({count}): see filter in params.yaml"
         )
     write_kept(images, plan, config, out)
-    report.write(images, out)
     run.metrics({name: summary[name] for name in ("samples", "kept", "kept_share")})
     run.metrics({f"dropped.{rule}": count for rule, count in summary["dropped"].items()})
-    for name in FILES:
-        run.artifact(out / name)
+    for file in (out / SUMMARY, out / PAGE, *sorted((out / PLOTS).iterdir())):
+        run.artifact(file)
     say(f"filter: {summary['kept']} of {summary['samples']} samples kept ({summary['kept_share']:.1%})")
     shutil.rmtree(state)
 

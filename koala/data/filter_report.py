@@ -1,100 +1,177 @@
-"""Report of the filter: counts by rule, a histogram of caption lengths, contact sheets of kept and dropped samples."""
+"""Report of the filter: report.html for people, report.json for programs, and plots for MLflow.
 
+It is made from the verdicts alone (koala.data.tally); of the images, those that it shows are read from the input shards.
+"""
+
+import io
 import json
-import random
-from collections import Counter
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from PIL import Image
 
+from koala.console import harmless
+from koala.data import filter_page
+from koala.data.filter_page import Pictures, Sheets, Shown
 from koala.data.rules.base import look
-from koala.data.rules.words import count_words
-from koala.data.shards import Sample, read_shard
-from koala.plots import bars, contact_sheet, histogram
+from koala.data.shards import read_shard
+from koala.data.tally import Bounds, Histogram, Tally, Verdict, is_outside, tally
+from koala.page import THUMBNAIL
+from koala.plots import bars, contact_sheet, histogram, tiles
+from koala.run import STATE
 
-REPORT = "report.json"
-FILES = (REPORT, "rules.png", "words.png", "samples.png", "dropped.png")
-SHEET_KEPT, SHEET_PER_RULE = 48, 4
-"""Images on the contact sheets."""
-
-Place = tuple[str, str]
-"""Name of an input shard, key of a sample."""
+PAGE, SUMMARY, PLOTS = "report.html", "report.json", "plots"
+_KEPT, _OF_RULE, _NEAR_BOUND, _OF_GROUP = 32, 8, 8, 8
+"""Samples that are shown: of all that are kept, of each rule, at each bound, of each group."""
+_LARGEST, _OTHER_GROUPS = 6, 6
+_NAME = 80  # characters
 
 
-class FilterReport:
-    """Counts of kept and dropped samples, with a few samples to show."""
+def report(verdicts: Path, images: Path, bounds: Bounds, out: Path) -> dict[str, Any]:
+    """Write the report to `out`, and return what report.json holds.
 
-    def __init__(self, verdicts: Path) -> None:
-        """Read the verdicts: a table for each input shard."""
-        self.kept = 0
-        self.dropped: Counter[str] = Counter()
-        self.words: Counter[int] = Counter()
-        self._shown: list[Place] = []
-        self._shown_dropped: dict[str, list[Place]] = {}
-        self._random = random.Random(0)
-        for file in sorted(verdicts.glob("*.parquet")):
-            for row in pq.read_table(file, columns=["key", "caption", "rule"]).to_pylist():
-                place = (file.stem, row["key"])
-                if row["rule"]:
-                    self._drop(place, row["rule"])
-                else:
-                    self._keep(place, row["caption"])
+    Args:
+        verdicts: The folder of the filter's verdicts, a parquet file for each input shard.
+        images: The folder of the input shards.
+        bounds: The rules' bounds on measured values, in the rules' order.
+        out: Gets report.html, report.json and plots/*.png.
 
-    def _keep(self, place: Place, caption: str) -> None:
-        self.kept += 1
-        self.words[count_words(caption)] += 1
-        # Reservoir sampling (Vitter's algorithm R): every kept sample is equally likely to be shown.
-        index = len(self._shown) if len(self._shown) < SHEET_KEPT else self._random.randrange(self.kept)
-        if index < SHEET_KEPT:
-            self._shown[index : index + 1] = [place]
-
-    def _drop(self, place: Place, rule: str) -> None:
-        self.dropped[rule] += 1
-        shown = self._shown_dropped.setdefault(rule, [])
-        if len(shown) < SHEET_PER_RULE:
-            shown.append(place)
-
-    def summary(self) -> dict[str, Any]:
-        """Return the counts, as report.json holds them."""
-        samples = self.kept + self.dropped.total()
-        return {
-            "samples": samples,
-            "kept": self.kept,
-            "kept_share": round(self.kept / max(samples, 1), 6),
-            "dropped": dict(sorted(self.dropped.items(), key=lambda item: (-item[1], item[0]))),
-            "caption_words": {str(words): count for words, count in sorted(self.words.items())},
+    Raises KoalaError if there are no verdicts.
+    """
+    with tally(verdicts, scratch=out / STATE / "duckdb") as of:
+        summary = _summary(of, bounds)
+        histograms = of.histograms(bounds)
+        kept = [(verdict, "") for verdict in of.kept_at_random(_KEPT)]
+        passed = {
+            f"{name} {words} {bound:g}": [(verdict, f"{name} {verdict.values[name]:.4g}") for verdict in found]
+            for name, ends in bounds.items()
+            for side, words, bound in zip(("least", "greatest"), ("at least", "at most"), ends, strict=True)
+            if bound is not None and name in of.values
+            if (found := of.just_passed(name, side, bound, _NEAR_BOUND))  # type: ignore[arg-type]
         }
+        dropped = {
+            rule: [(verdict, _why(verdict, bounds)) for verdict in of.dropped_by(rule, _OF_RULE)]
+            for rule in summary["dropped"]
+        }
+        groups = {
+            f"{size:,} samples, group {number}": _of_group(of.group(number, _OF_GROUP))
+            for number, size in of.groups(_LARGEST, _OTHER_GROUPS).items()
+        }
+        frequent = {"Languages": of.languages(), "Hosts": of.hosts(), "Licences": of.licenses()}
+    sheets = {"kept": {"": kept}, "just_passed": passed, "dropped": dropped, "duplicates": groups}
+    pictures = _pictures(
+        images, [verdict for sheet in sheets.values() for shown in sheet.values() for verdict, _ in shown]
+    )
+    plots = {name: _plot(name, found, bounds, summary["samples"]) for name, found in histograms.items()}
+    _write_plots(out / PLOTS, summary, plots, sheets, pictures)
+    filter_page.write(out / PAGE, summary, plots, frequent, kept, passed, dropped, groups, pictures)
+    (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
 
-    def write(self, images: Path, folder: Path) -> None:
-        """Write `FILES`. samples.png shows kept samples at random, dropped.png the first samples of each rule."""
-        summary = self.summary()
-        title = f"{summary['samples']} samples"
-        bars({"kept": self.kept} | summary["dropped"], "samples", title).savefig(folder / "rules.png")
-        words = dict(sorted(self.words.items()))
-        histogram(words, "words in a caption", f"captions of {self.kept} kept samples").savefig(folder / "words.png")
-        dropped = {rule: self._shown_dropped[rule] for rule in summary["dropped"]}
-        found = _samples(images, [*self._shown, *(place for places in dropped.values() for place in places)])
-        kept = [found[place] for place in sorted(self._shown)]
-        _sheet((sample, sample.caption) for sample in kept).save(folder / "samples.png")
-        shown = ((found[place], rule) for rule, places in dropped.items() for place in places)
-        _sheet((sample, f"{rule}: {sample.caption}") for sample, rule in shown).save(folder / "dropped.png")
-        (folder / REPORT).write_text(json.dumps(summary, indent=2) + "\n")
 
-
-def _samples(images: Path, places: Iterable[Place]) -> dict[Place, Sample]:
-    keys: dict[str, set[str]] = {}
-    for shard, key in places:
-        keys.setdefault(shard, set()).add(key)
+def _summary(of: Tally, bounds: Bounds) -> dict[str, Any]:
     return {
-        (shard, sample.key): sample
-        for shard, only in keys.items()
-        for sample in read_shard(images / f"{shard}.tar", only)
+        "samples": of.samples,
+        "kept": of.kept,
+        "kept_share": round(of.kept / max(of.samples, 1), 6),
+        "dropped": of.dropped(),
+        "duplicate_groups": of.group_count(),
+        "bounds": {name: list(ends) for name, ends in bounds.items()},
+        "caption_words": {str(words): count for words, count in of.caption_words().items()},
     }
 
 
-def _sheet(samples: Iterable[tuple[Sample, str]]) -> Image.Image:
+def _why(verdict: Verdict, bounds: Bounds) -> str:
+    """Return the measured values that are out of bounds."""
+    broken = {
+        name: value for name, value in verdict.values.items() if is_outside(value, *bounds.get(name, (None, None)))
+    }
+    return ", ".join(f"{name} {value:.4g}" for name, value in broken.items())
+
+
+def _of_group(found: Sequence[Verdict]) -> list[Shown]:
+    """Return the samples of a group, each with the bits in which its hash differs from the kept one's."""
+    first = found[0]
+    return [(verdict, _relation(verdict, first)) for verdict in found]
+
+
+def _relation(verdict: Verdict, first: Verdict) -> str:
+    if verdict.rule is None:
+        return "kept"
+    if verdict.dhash is None or first.dhash is None:
+        return verdict.rule
+    return f"{verdict.rule}, {(verdict.dhash ^ first.dhash).bit_count()} bits"
+
+
+# Images and plots.
+
+
+def _pictures(images: Path, wanted: Iterable[Verdict]) -> Pictures:
+    """Read the samples' images, a shard at a time."""
+    keys: dict[str, set[str]] = {}
+    for verdict in wanted:
+        keys.setdefault(verdict.shard, set()).add(verdict.key)
+    pictures = {}
+    for shard in sorted(keys):
+        for sample in read_shard(images / f"{shard}.tar", keys[shard]):
+            if image := look(sample.image).image:
+                small = image.convert("RGB")
+                small.thumbnail((THUMBNAIL, THUMBNAIL))
+                pictures[shard, sample.key] = small
+    return pictures
+
+
+def _write_plots(
+    folder: Path,
+    summary: Mapping[str, Any],
+    plots: Mapping[str, bytes],
+    sheets: Mapping[str, Sheets],
+    pictures: Pictures,
+) -> None:
+    """Write funnel.png, values.png (all histograms) and a contact sheet of each of `sheets` that shows any sample."""
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier call, with other rules perhaps
+    folder.mkdir(parents=True)
+    counts = {"downloaded": summary["samples"], **summary["dropped"], "kept": summary["kept"]}
+    bars(counts, "samples", f"{summary['samples']:,} samples").savefig(folder / "funnel.png")
+    if plots:
+        drawn = [Image.open(io.BytesIO(plot)).convert("RGB") for plot in plots.values()]
+        tiles(drawn, across=min(3, len(drawn))).save(folder / "values.png")
+    for name, sheet in sheets.items():
+        shown = [
+            (verdict, _joined(title, said, harmless(verdict.caption)))
+            for title, samples in sheet.items()
+            for verdict, said in samples
+        ]
+        if shown:
+            _sheet(shown, pictures).save(folder / f"{name}.png")
+
+
+def _joined(*parts: str) -> str:
+    return ": ".join(part for part in parts if part)
+
+
+def _sheet(shown: Sequence[Shown], pictures: Pictures) -> Image.Image:
     blank = Image.new("RGB", (32, 32), "lightgray")
-    return contact_sheet([(look(sample.image).image or blank, text) for sample, text in samples])
+    return contact_sheet([(pictures.get((verdict.shard, verdict.key), blank), text) for verdict, text in shown])
+
+
+def _plot(name: str, found: Histogram, bounds: Bounds, samples: int) -> bytes:
+    """Return a histogram as PNG."""
+    least, greatest = bounds.get(name, (None, None))
+    said = [f"{words} {bound:g}" for words, bound in (("at least", least), ("at most", greatest)) if bound is not None]
+    if missing := samples - sum(found.kept) - sum(found.dropped):
+        said.append(f"{missing:,} without")
+    # Between whole numbers the line stands between two bars.
+    half = 0.5 if found.whole else 0.0
+    lines = [
+        bound + shift * (bound == round(bound))
+        for bound, shift in ((least, -half), (greatest, half))
+        if bound is not None
+    ]
+    inside = [line for line in lines if found.edges[0] <= line <= found.edges[-1]]
+    title = f"{name[:_NAME]}: {', '.join(said)}" if said else name[:_NAME]
+    content = io.BytesIO()
+    histogram(found.edges, {"kept": found.kept, "dropped": found.dropped}, inside, title).savefig(content, format="png")
+    return content.getvalue()

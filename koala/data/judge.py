@@ -189,13 +189,8 @@ class Scores:
         if "embedding" in table.column_names:
             column = table["embedding"].combine_chunks()
             flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float16)
-            self._embeddings = dict(
-                zip(
-                    (key for key, there in zip(self._sha256, column.is_valid().to_pylist(), strict=True) if there),
-                    flat.reshape(-1, column.type.list_size),
-                    strict=True,
-                )
-            )
+            rows = zip(self._sha256, flat.reshape(-1, column.type.list_size), strict=True)
+            self._embeddings = {key: row for key, row in rows if row.any()}  # zeros: the image could not be decoded
 
     @classmethod
     def read(cls, file: Path) -> "Scores":

@@ -88,9 +88,8 @@ def _summary(files: Sequence[Path], config: ScoreConfig, out: Path) -> dict[str,
 
         edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
         counts = sum((np.histogram(_values(file, kind), edges)[0] for file in files), np.zeros(_BINS, int))
-        middles = (edges[:-1] + edges[1:]) / 2
-        bins = dict(zip(middles.tolist(), counts.tolist(), strict=True))
-        histogram(bins, kind, f"{count} samples", width=edges[1] - edges[0]).savefig(out / f"{kind}.png")
+        plot = histogram(edges.tolist(), {"images": counts.tolist()}, (), f"{kind}, {count:,} images")
+        plot.savefig(out / f"{kind}.png")
     return {
         "samples": sum(each.num_rows for each in written),
         "undecodable": sum(int(each.metadata[UNDECODABLE]) for each in written),

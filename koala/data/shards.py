@@ -50,7 +50,9 @@ def read_shards(folder: Path) -> Iterator[Sample]:
 
 
 def read_shard(shard: Path, only: Container[str] | None = None) -> Iterator[Sample]:
-    """Yield the samples of a shard, ordered by key; of `only` those keys, if given. Skip members without an image of their key.
+    """Yield the samples of a shard, ordered by key. Members without an image of the same key are skipped.
+
+    Where `only` is given, the content of samples with other keys is not read.
 
     Keys are webdataset's: a member's path up to the first dot of its file name.
     Raises KoalaError, which names the file, where it is gone, is no tar file, is cut off, or holds metadata that is no JSON.

@@ -3,8 +3,6 @@
 Prompts come from files and are shown as text only.
 """
 
-import base64
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -13,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 from koala.evaluate.prompts import Prompt
 from koala.evaluate.report import label
 from koala.evaluate.statistics import OfCategory
+from koala.page import embedded, page, table, thumbnail
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _EXTREMES = 5  # prompts at either end
-_THUMBNAIL = 224  # px, the longer side
-_PIXEL_ART = 96  # px: a smaller image is enlarged pixel by pixel
 _COSTED = ("teacher", "after")
 _COSTS = {  # words, unit and digits
     "unet_parameters": ("U-Net parameters", 1, 0),
@@ -30,20 +27,15 @@ _COSTS = {  # words, unit and digits
     "disk_bytes": ("MB of weights on disk", 1e6, 1),
 }
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1080px; padding: 0 1rem; color: #1b1b1b; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
-table { border-collapse: collapse; margin: .8rem 0; } th { text-align: right; font-weight: 600; vertical-align: bottom; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #eee; text-align: right; }
-td { white-space: nowrap; } tr > :first-child { text-align: left; }
-img { max-width: 100%; image-rendering: auto; } .images th, .images td { text-align: left; vertical-align: top; }
-.images img { width: 160px; } .images .prompt { width: 20rem; white-space: normal; } .note { color: #555; }
+.images th, .images td { text-align: left; vertical-align: top; }
+.images img { width: 160px; } .images .prompt { width: 20rem; white-space: normal; }
 """
 
 
 def write(
     file: Path,
     student: str,
-    table: tuple[Sequence[str], Sequence[Sequence[str]]],
+    summary: tuple[Sequence[str], Sequence[Sequence[str]]],
     values: Mapping[str, Mapping[str, Sequence[float]]],
     cost: Mapping[str, Mapping[str, float]],
     categories: Sequence[OfCategory],
@@ -58,7 +50,7 @@ def write(
     Args:
         file: Where it goes.
         student: The student's name.
-        table: Column names and cells of the summary.
+        summary: Column names and cells of its table.
         values: Model -> score -> value of each image.
         cost: Model -> what it costs (koala.evaluate.cost).
         categories: Scores in each category of prompts.
@@ -70,14 +62,14 @@ def write(
     """
     parts = [
         f"<h1>{escape(student)} beside its teacher</h1>",
-        _table(*table),
+        table(*summary),
         f'<p class="note">{len(prompts)} images of each model, the same prompts and seeds. '
         "In parentheses: 95 % intervals, by a paired bootstrap over prompts.</p>",
     ]
-    parts += ["<h2>Cost</h2>", _table(("", *(label(model, student) for model in _COSTED)), _costs(cost))]
+    parts += ["<h2>Cost</h2>", table(("", *(label(model, student) for model in _COSTED)), _costs(cost))]
     if categories:
         head = ("category", "score", "images", "teacher", student, "of teacher's")
-        parts += ["<h2>By category of prompts, the worst first</h2>", _table(head, list(map(_cells, categories)))]
+        parts += ["<h2>By category of prompts, the worst first</h2>", table(head, list(map(_cells, categories)))]
     if ranked_by:
         ranked = _rank(prompts, values, ranked_by)  # the worst first
         below, above = [one for one in ranked if one[0] < 0], [one for one in reversed(ranked) if one[0] > 0]
@@ -88,19 +80,12 @@ def write(
                 parts.append(_rows(student, chosen[:_EXTREMES], values, ranked_by, images, prompts))
     for title, name in (("The same prompts and seeds", "grid"), ("Distillation", "curves")):
         if (plots / f"{name}.png").is_file():
-            parts += [f"<h2>{title}</h2>", _png(plots / f"{name}.png", title)]
+            parts += [f"<h2>{title}</h2>", embedded((plots / f"{name}.png").read_bytes(), title)]
     for plot in sorted(plots.glob("*.png")):
         if plot.stem not in ("grid", "curves"):
-            parts += [f"<h2>{escape(plot.stem)}</h2>", _png(plot, plot.stem)]
-    parts += ["<h2>What the figures depend on</h2>", _table(("", ""), [(name, str(pinned[name])) for name in pinned])]
-    file.write_text(
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">"
-        f"<title>{escape(student)}</title><style>{_STYLE}</style></head><body>\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
+            parts += [f"<h2>{escape(plot.stem)}</h2>", embedded(plot.read_bytes(), plot.stem)]
+    parts += ["<h2>What the figures depend on</h2>", table(("", ""), [(name, str(pinned[name])) for name in pinned])]
+    file.write_text(page(student, parts, _STYLE), encoding="utf-8")
 
 
 def _costs(cost: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
@@ -156,32 +141,6 @@ def _rows(
         cells.append(f"<td>{difference:+.3g}")
         for model, series in images.items():
             shown = f"<br>{values[model][score][number]:.3g}" if score in values[model] else ""
-            cells.append(f"<td>{_thumbnail(series[number], prompts[number].text)}{shown}")
+            cells.append(f"<td>{thumbnail(series[number], prompts[number].text)}{shown}")
         rows.append(f"<tr>{''.join(f'{cell}</td>' for cell in cells)}</tr>")
     return f'<table class="images"><tr>{head}</tr>{"".join(rows)}</table>'
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _thumbnail(image: "Image", text: str) -> str:
-    from PIL import Image
-
-    longer = max(image.size)
-    factor = _THUMBNAIL // longer if longer < _PIXEL_ART else min(1.0, _THUMBNAIL / longer)
-    size = (max(round(image.width * factor), 1), max(round(image.height * factor), 1))
-    how = Image.Resampling.NEAREST if longer < _PIXEL_ART else Image.Resampling.LANCZOS
-    content = io.BytesIO()
-    image.convert("RGB").resize(size, how).save(content, "PNG")
-    return _image(content.getvalue(), text)
-
-
-def _png(file: Path, text: str) -> str:
-    return _image(file.read_bytes(), text)
-
-
-def _image(content: bytes, text: str) -> str:
-    return f'<img alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'

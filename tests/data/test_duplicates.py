@@ -71,7 +71,7 @@ def verdicts(out: Path) -> list[dict]:
 
 
 def test_pictures_that_only_look_alike_stay(out: Path) -> None:
-    filter(NEAR, write([jpeg(scene) for scene in scenes()]), out, NoRun())
+    filter(NEAR, write([jpeg(scene) for scene in scenes()]), Path("scores"), out, NoRun())
     assert [row["rule"] for row in verdicts(out)] == [None] * 42
 
 
@@ -82,7 +82,7 @@ def test_the_largest_of_several_forms_stays_and_they_are_one_group(out: Path) ->
         *(jpeg(scene) for scene in originals),
         *(jpeg(ImageEnhance.Brightness(scene).enhance(0.85)) for scene in originals),
     ]
-    filter(NEAR, write(forms), out, NoRun())
+    filter(NEAR, write(forms), Path("scores"), out, NoRun())
     rows = verdicts(out)
     for index in range(36):
         group = rows[index::36]
@@ -194,7 +194,7 @@ def test_a_broken_shard_is_one_line_that_names_it(broken: bytes, out: Path) -> N
     file = images / "00001.tar"
     file.write_bytes(broken(file.read_bytes()) if callable(broken) else broken)
     with pytest.raises(KoalaError, match=r"^images/00001.tar"):
-        filter(NEAR, images, out, NoRun())
+        filter(NEAR, images, Path("scores"), out, NoRun())
 
 
 def test_a_shard_that_changed_or_vanished_after_it_was_judged_is_named(out: Path) -> None:
@@ -228,14 +228,14 @@ from koala.data.filter import filter
 from koala.run import NoRun
 if __name__ == "__main__":
     config = FilterConfig(near_duplicates=NearDuplicates(), shard_size=7, machine=FilterMachine(processes=2))
-    filter(config, Path("images"), Path("cut"), NoRun())
+    filter(config, Path("images"), Path("scores"), Path("cut"), NoRun())
 """
 
 
 def test_killed_again_and_again_it_makes_the_same_bytes(out: Path) -> None:
     forms = [jpeg(scene, quality) for quality in (95, 60) for scene in scenes()]
     images = write(forms, shard_size=9)
-    filter(NEAR.model_copy(update={"shard_size": 7}), images, out, NoRun())
+    filter(NEAR.model_copy(update={"shard_size": 7}), images, Path("scores"), out, NoRun())
     Path("stage.py").write_text(STAGE)
     Path("cut").mkdir()
     chance, kills = random.Random(0), 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -159,7 +160,8 @@ def test_rules_are_written_and_read_with_their_options() -> None:
 
 
 CONFIG = FilterConfig(rules=(Words(),))
-REPORT = ("report.json", "rules.png", "words.png", "samples.png", "dropped.png")
+REPORT = ("report.json", "report.html", "plots", "verdicts")
+SCORED = Path("scores")  # none there: nothing was scored
 
 
 def write_shards(samples: list[Sample], shard_size: int = 4) -> Path:
@@ -192,7 +194,9 @@ def test_the_stage_keeps_counts_and_shows(out: Path, recorder: Any) -> None:
         sample(8),
     ]
     images = write_shards(samples)
-    stage.filter(FilterConfig(rules=(Words(),), near_duplicates=NearDuplicates(), shard_size=2), images, out, recorder)
+    stage.filter(
+        FilterConfig(rules=(Words(),), near_duplicates=NearDuplicates(), shard_size=2), images, SCORED, out, recorder
+    )
 
     assert outcome(out) == {
         "000000000": "kept",
@@ -215,13 +219,15 @@ def test_the_stage_keeps_counts_and_shows(out: Path, recorder: Any) -> None:
         "kept": 4,
         "kept_share": 0.444444,
         "dropped": {"duplicate_image": 1, "duplicate_url": 1, "few_words": 1, "near_duplicate": 1, "undecodable": 1},
+        "duplicate_groups": 2,
+        "bounds": {"words": [3, 300]},
         "caption_words": {"4": 4},
     }
     assert recorder.logged["kept"] == 4
     assert recorder.logged["dropped.few_words"] == 1
-    for name in REPORT[1:]:
+    for name in ("report.json", "report.html", "funnel.png", "dropped.png"):
         assert name in recorder.files
-        assert Image.open(out / name).width > 300
+    assert Image.open(out / "plots" / "kept.png").width > 300
     assert {file.name for file in out.iterdir()} == {"00000.tar", "00001.tar", "verdicts", *REPORT}, (
         "work in progress is left behind"
     )
@@ -235,20 +241,20 @@ def digests(folder: Path) -> dict[str, str]:
 def test_the_out_has_the_same_bytes_in_whatever_order_samples_came_and_at_each_call(out: Path, recorder: Any) -> None:
     config = FilterConfig(rules=(Words(),), shard_size=5)
     samples = [sample(number % 9, caption="short" if number == 3 else "a good long caption") for number in range(8)]
-    stage.filter(config, write_shards(samples, shard_size=8), out, recorder)
+    stage.filter(config, write_shards(samples, shard_size=8), SCORED, out, recorder)
     first = digests(out)
-    stage.filter(config, write_shards(samples[::-1], shard_size=8), out, recorder)
+    stage.filter(config, write_shards(samples[::-1], shard_size=8), SCORED, out, recorder)
     assert digests(out) == first
 
 
 def test_processes_make_no_difference(out: Path, recorder: Any) -> None:
     images = write_shards([sample(number) for number in range(8)])
     config = FilterConfig(rules=(Words(),), near_duplicates=NearDuplicates())
-    stage.filter(config, images, out, recorder)
+    stage.filter(config, images, SCORED, out, recorder)
     first = digests(out)
     Path("pooled").mkdir()
     pooled = config.model_copy(update={"machine": FilterMachine(processes=2)})
-    stage.filter(pooled, images, Path("pooled"), recorder)
+    stage.filter(pooled, images, SCORED, Path("pooled"), recorder)
     assert digests(Path("pooled")) == first
     assert pooled.resume_key() == config.resume_key()
 
@@ -265,9 +271,9 @@ def test_a_killed_run_goes_on(out: Path, recorder: Any, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(judging, "judge", judge)
     with pytest.raises(KeyboardInterrupt):
-        stage.filter(CONFIG, images, out, recorder)
+        stage.filter(CONFIG, images, SCORED, out, recorder)
     assert [file.name for file in out.iterdir()] == [STATE]
-    stage.filter(CONFIG, images, out, recorder)
+    stage.filter(CONFIG, images, SCORED, out, recorder)
     assert [int(key) for key in judged] == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7], "the first shard was finished"
     assert list(outcome(out).values()) == ["kept"] * 8
     assert not (out / STATE).exists()
@@ -278,33 +284,47 @@ def test_a_run_killed_while_it_writes_goes_on_writing(
 ) -> None:
     images = write_shards([sample(number) for number in range(8)])
     config = FilterConfig(rules=(Words(),), shard_size=2)
-    stage.filter(config, images, out, recorder)
+    stage.filter(config, images, SCORED, out, recorder)
     whole = digests(out)
     (out / "00009.tar").write_bytes(b"of a run over more samples")
     with monkeypatch.context() as patched:
         patched.setattr(
             stage, "_write_shard", lambda job, write=stage._write_shard: job.output.stem != "00002" and write(job)
         )
-        patched.setattr(stage.FilterReport, "write", lambda *_: 1 / 0)
+        patched.setattr(recorder, "metrics", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            stage.filter(config, images, out, recorder)
+            stage.filter(config, images, SCORED, out, recorder)
     written = {file.name: file.stat().st_mtime_ns for file in shards(out)}
     assert list(written) == ["00000.tar", "00001.tar", "00003.tar"]
-    assert not (out / "report.json").exists()
-    stage.filter(config, images, out, recorder)
+    stage.filter(config, images, SCORED, out, recorder)
     assert digests(out) == whole
     assert written.items() <= {file.name: file.stat().st_mtime_ns for file in shards(out)}.items(), "they were whole"
+
+
+def test_computed_scores_decide_and_travel_with_the_sample(out: Path, recorder: Any) -> None:
+    samples = [sample(number) for number in range(4)]
+    images = write_shards(samples)
+    SCORED.mkdir()
+    hashes = [hashlib.sha256(each.image).digest() for each in samples]
+    table = {"key": [each.key for each in samples], "sha256": pa.array(hashes, pa.binary(32))}
+    pq.write_table(pa.table(table | {"beauty": pa.array([5, 4, None, 6], pa.float32())}), SCORED / "00000.parquet")
+    stage.filter(FilterConfig(rules=(Scores(at_least={"beauty": 4.5}),)), images, SCORED, out, recorder)
+    assert list(outcome(out).values()) == ["kept", "score.beauty", "score.beauty", "kept"]
+    assert [each.meta["beauty"] for each in read_shards(out)] == [5, 6]
+
+    pq.write_table(pa.table(table | {"sha256": pa.array(hashes[::-1], pa.binary(32))}), SCORED / "00000.parquet")
+    with pytest.raises(KoalaError, match="holds no scores of the image 000000000: make the scores again"):
+        stage.filter(CONFIG, images, SCORED, out, recorder)
 
 
 def test_nothing_kept_is_one_line(out: Path, recorder: Any) -> None:
     images = write_shards([sample(0, caption="x"), sample(1, caption="y"), sample(2, image=b"")])
     with pytest.raises(KoalaError, match=r"^nothing is kept of 3 samples; most often: few_words \(2\)"):
-        stage.filter(CONFIG, images, out, recorder)
-    assert not (out / "report.json").exists()
+        stage.filter(CONFIG, images, SCORED, out, recorder)
     assert not shards(out)
 
 
 def test_no_shards_is_one_line(out: Path, recorder: Any) -> None:
     Path("images").mkdir()
     with pytest.raises(KoalaError, match="holds no shards: run `dvc repro download`"):
-        stage.filter(CONFIG, Path("images"), out, recorder)
+        stage.filter(CONFIG, Path("images"), SCORED, out, recorder)

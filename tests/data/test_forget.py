@@ -42,7 +42,7 @@ def write(samples: list[tuple[int, int]], folder: Path = Path("images")) -> Path
 
 
 def rules(config: FilterConfig, images: Path = Path("images"), out: Path = Path("out")) -> list[str | None]:
-    filter(config, images, out, NoRun())
+    filter(config, images, Path("scores"), out, NoRun())
     rows = [row for file in sorted((out / "verdicts").iterdir()) for row in pq.read_table(file).to_pylist()]
     assert [row["key"] for row in rows if not row["rule"]] == [sample.key for sample in read_shards(out)]
     return [row["rule"] for row in rows]

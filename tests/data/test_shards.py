@@ -90,3 +90,14 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch) -> None:
             tar.addfile(member, io.BytesIO(bomb))
     assert len(list(read_shard(Path("x.tar")))) == 1
     assert not Path("unpickled").exists()
+
+
+def test_samples_can_be_chosen_by_key(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, 10) as writer:
+        for key in "abc":
+            writer.write(Sample(key, key.encode(), "jpg", f"of {key}", {}))
+    found = read_shard(tmp_path / "00000.tar", {"c", "a", "other"})
+    assert [(sample.key, sample.image, sample.caption) for sample in found] == [
+        ("a", b"a", "of a"),
+        ("c", b"c", "of c"),
+    ]
