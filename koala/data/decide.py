@@ -76,6 +76,7 @@ def _decide(judged: Sequence[Path], config: FilterConfig, state: Path, verdicts:
         "threads": config.machine.processes,
         "temp_directory": str(scratch),
         "preserve_insertion_order": False,
+        "enable_progress_bar": False,  # it would be drawn on stdout
     }
     with duckdb.connect(str(database), config=settings) as connection:
         tables = connection.read_parquet([str(table) for table in judged], hive_partitioning=False)
