@@ -31,10 +31,10 @@ def measure(pictures: int = 1_000_000, memory_gb: float = 1.0) -> dict[str, floa
         settings: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": f"{memory_gb}GB",
             "threads": 1,
-            "enable_progress_bar": False,
             "temp_directory": folder,
         }
         with duckdb.connect(str(Path(folder, "db")), config=settings) as connection:
+            connection.execute("SET enable_progress_bar = false")
             for start in range(0, pictures, _CHUNK):
                 count = min(_CHUNK, pictures - start)
                 pixels = rng.integers(0, 256, (count, 3 * SIDE**2), dtype=np.uint8)

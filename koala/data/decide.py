@@ -76,9 +76,9 @@ def _decide(judged: Sequence[Path], config: FilterConfig, state: Path, verdicts:
         "threads": config.machine.processes,
         "temp_directory": str(scratch),
         "preserve_insertion_order": False,
-        "enable_progress_bar": False,  # it would be drawn on stdout
     }
     with duckdb.connect(str(database), config=settings) as connection:
+        connection.execute("SET enable_progress_bar = false")  # it would be drawn on stdout
         tables = connection.read_parquet([str(table) for table in judged], hive_partitioning=False)
         tables.select(*FACTS.names, *FINGERPRINTS.names).create_view("judged")
         _find_candidates(connection, config)
