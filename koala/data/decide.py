@@ -78,6 +78,7 @@ def _decide(judged: Sequence[Path], config: FilterConfig, state: Path, verdicts:
         "preserve_insertion_order": False,
     }
     with duckdb.connect(str(database), config=settings) as connection:
+        connection.execute("SET enable_progress_bar = false")  # it would be drawn on stdout
         tables = connection.read_parquet([str(table) for table in judged], hive_partitioning=False)
         tables.select(*FACTS.names, *FINGERPRINTS.names).create_view("judged")
         _find_candidates(connection, config)
