@@ -28,6 +28,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 SLOW = (
     "bench/test_bench.py",
     "data/test_download.py",
+    "data/test_encode.py",
     "distill/test_held_out.py",
     "distill/test_launch.py",
     "distill/test_machines.py",

@@ -49,6 +49,7 @@ HOUSEKEEPING = {
     "koala/process.py",
     "koala/run.py",
     "koala/data/filter_report.py",
+    "koala/data/manifest.py",
     "koala/distill/checkpoint.py",
     "koala/distill/curves.py",
     "koala/distill/job.py",

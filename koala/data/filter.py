@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from koala.console import progress, say
+from koala.data import manifest
 from koala.data.config import FilterConfig
 from koala.data.dedup import Duplicates, dhash
 from koala.data.filter_report import FILES, FilterReport
@@ -43,6 +44,8 @@ def filter(config: FilterConfig, images: Path, out: Path, run: Run) -> None:
     inputs = shards(images)
     if not inputs:
         raise KoalaError(f"{images} holds no shards: run `dvc repro download` again")
+    manifest.check(images)
+    manifest.resume(out, config, images)
     judged = judge_shards(inputs, config, out / STATE / "judged")
     report = write_kept(inputs, judged, config, out)
     summary = report.summary()
@@ -57,6 +60,7 @@ def filter(config: FilterConfig, images: Path, out: Path, run: Run) -> None:
     for name in FILES:
         run.artifact(out / name)
     say(f"filter: {summary['kept']} of {summary['samples']} samples kept ({summary['kept_share']:.1%})")
+    manifest.write(out)
     shutil.rmtree(out / STATE)
 
 
@@ -83,6 +87,7 @@ def _mapper(processes: int) -> Iterator[Callable[[Callable[[Any], None], Iterabl
 
 def _judge_shard(job: tuple[Path, Path, FilterConfig]) -> None:
     shard, output, config = job
+    manifest.verify(shard)
     rows = [judge(sample, config) for sample in read_shard(shard)]
     unfinished = output.with_suffix(".part")
     pq.write_table(pa.Table.from_pylist(rows, JUDGED), unfinished)

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
+
+from koala.errors import KoalaError
 
 IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
 
@@ -48,27 +50,83 @@ def read_shards(folder: Path) -> Iterator[Sample]:
 def read_shard(shard: Path) -> Iterator[Sample]:
     """Yield the samples of a shard, ordered by key. Members without an image of the same key are skipped.
 
-    Keys are webdataset's: a member's path up to the first dot of its file name.
+    Raises KoalaError if the shard is no whole tar file, or a sample's metadata are no JSON.
     """
-    with tarfile.open(shard, "r:") as tar:
-        members: dict[str, dict[str, tarfile.TarInfo]] = {}
-        for member in tar.getmembers():
-            folder, slash, name = member.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            if member.isfile() and stem:
-                members.setdefault(folder + slash + stem, {})[extension.lower()] = member
-        for key in sorted(members):
-            parts = members[key]
-            images = sorted(parts.keys() & IMAGE_EXTENSIONS)
-            if images:
-                caption = _read(tar, parts.get("txt")).decode(errors="replace")
-                meta = json.loads(_read(tar, parts.get("json")) or b"{}")
-                yield Sample(key, _read(tar, parts[images[0]]), images[0], caption, meta)
+    for place in index(shard):
+        yield place.read()
 
 
-def _read(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> bytes:
-    file = tar.extractfile(member) if member else None
-    return file.read() if file else b""
+Span = tuple[int, int]
+"""Offset and size of a member's content in its tar file, bytes."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sample is in its shard."""
+
+    shard: Path
+    """The tar file."""
+    key: str
+    """Name of the sample's members, without the extension."""
+    extension: str
+    """Extension of the image, without the dot."""
+    image: Span
+    """The encoded image."""
+    caption: Span
+    """The caption; of size 0 if there is none."""
+    meta: Span
+    """The metadata; of size 0 if there are none."""
+
+    def read(self) -> Sample:
+        """Read the sample. Raises KoalaError if its metadata are no JSON object."""
+        with self.shard.open("rb") as file:
+            image, caption, meta = (_read(file, span) for span in (self.image, self.caption, self.meta))
+        try:
+            found = json.loads(meta or b"{}")
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise KoalaError(
+                f"{self.shard}: the metadata of {self.key} are no JSON object: repair or remove that sample"
+            )
+        return Sample(self.key, image, self.extension, caption.decode(errors="replace"), found)
+
+
+def index(shard: Path) -> list[Place]:
+    """Return the places of a shard's samples, ordered by key, by reading the headers of its members only.
+
+    Keys are webdataset's: a member's path up to the first dot of its file name. Raises KoalaError if the shard is no whole
+    tar file.
+    """
+    members: dict[str, dict[str, Span]] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar.getmembers():
+                # Names that are not UTF-8 become names that are.
+                folder, slash, name = member.name.encode(errors="backslashreplace").decode().rpartition("/")
+                stem, _, extension = name.partition(".")
+                if member.isfile() and stem:
+                    members.setdefault(folder + slash + stem, {})[extension.lower()] = (member.offset_data, member.size)
+            # tarfile takes a file that ends between two members for a whole one.
+            whole = shard.stat().st_size >= tar.offset + tarfile.BLOCKSIZE
+    except FileNotFoundError:
+        raise KoalaError(f"{shard} is missing: restore it, or make it again") from None
+    except (tarfile.TarError, EOFError):
+        whole = False
+    if not whole:
+        raise KoalaError(f"{shard} is truncated, or no tar file: restore it, or make it again")
+    places = []
+    for key in sorted(members):
+        parts = members[key]
+        if images := sorted(parts.keys() & IMAGE_EXTENSIONS):
+            caption, meta = (parts.get(extension, (0, 0)) for extension in ("txt", "json"))
+            places.append(Place(shard, key, images[0], parts[images[0]], caption, meta))
+    return places
+
+
+def _read(file: BinaryIO, span: Span) -> bytes:
+    file.seek(span[0])
+    return file.read(span[1])
 
 
 class ShardWriter:
