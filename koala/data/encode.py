@@ -101,7 +101,7 @@ def encode(config: EncodeConfig, kept: Path, teacher: Path, out: Path, run: Run)
         say(f"encode: {stats['failed']} images could not be encoded: {causes}; see `error` in {out}/*.parquet")
     (out / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
     run.metrics({name: value for name, value in stats.items() if name != "errors"})
-    manifest.write(out)
+    manifest.write(out, kept, teacher / "vae")
     shutil.rmtree(out / STATE, ignore_errors=True)
 
 

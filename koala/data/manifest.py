@@ -7,9 +7,8 @@
     ...
     manifest.write(out)                      # last of all
 
-manifest.json lists bytes, SHA-256 and number of samples of each data file, and hashes of what the folder was made from. It does
-not name the recipe: the same data made in another way is the same to the byte. A folder without a manifest is accepted: other
-people's shards have none.
+manifest.json lists bytes, SHA-256 and number of samples of each data file. It does not name the recipe: the same data made in
+another way has the same manifest. A folder without one is accepted: other people's shards have none.
 """
 
 import hashlib
@@ -56,13 +55,16 @@ class Manifest:
     """The data files by their path in the folder."""
 
 
-def write(folder: Path) -> None:
-    """Write the manifest of a finished folder. Every data file is read once."""
+def write(folder: Path, *inputs: Path) -> None:
+    """Write the manifest of a finished folder. Every data file is read once.
+
+    `inputs` are recorded where a later call would take finished files for its own.
+    """
     files = sorted(_data_files(folder))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter's lock
         entries = list(pool.map(_entry, files))
     document = {
-        "inputs": _inputs(folder),
+        "inputs": [_fingerprint(each) for each in inputs],
         "files": {_name(file, folder): asdict(entry) for file, entry in zip(files, entries, strict=True)},
     }
     _write(folder / FILE, document)
@@ -127,7 +129,7 @@ def resume(out: Path, config: Config, *inputs: Path) -> None:
     if record.is_file():
         same = json.loads(record.read_text()) == made_by
     elif manifest:
-        same = manifest.inputs == made_by["inputs"]
+        same = not manifest.inputs or manifest.inputs == made_by["inputs"]
     else:
         same = not any(_data_files(out))
     if not same:
@@ -136,14 +138,6 @@ def resume(out: Path, config: Config, *inputs: Path) -> None:
         )
     record.parent.mkdir(exist_ok=True)
     _write(record, made_by)
-
-
-def _inputs(out: Path) -> list[str]:
-    """Return the hashes of what a folder is made from, as far as recorded."""
-    record, manifest = out / STATE / _MADE_BY, read(out)
-    if record.is_file():
-        return list(json.loads(record.read_text())["inputs"])
-    return manifest.inputs if manifest else []
 
 
 def _fingerprint(folder: Path) -> str:

@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import tarfile
 import time
@@ -185,6 +186,18 @@ def test_what_is_known_of_a_sample_travels_with_it(teacher: Path, out: Path) -> 
     assert first["original_width"] == 32
     assert (second["url"], second["sha256"]) == ("https://?", None)
     assert "url" not in pa.ipc.open_file(out / "00000.arrow").schema.names
+
+
+def test_latents_of_images_that_were_made_anew_are_not_taken_for_finished(kept: Path, teacher: Path, out: Path) -> None:
+    shutil.copytree(kept, "images")
+    stage.encode(CONFIG, Path("images"), teacher, out, NoRun())
+    before = content(out)
+    with ShardWriter(Path("images"), shard_size=5) as writer:
+        for number in range(12):
+            writer.write(Sample(f"{number:09d}", png((32, 32), (1, 20 * number, 50)), "png", "another", {}))
+    with pytest.raises(KoalaError, match="out holds work of another recipe or on other inputs, which is not resumed"):
+        stage.encode(CONFIG, Path("images"), teacher, out, NoRun())
+    assert content(out) == before
 
 
 def test_a_bucket_that_the_vae_does_not_divide_is_refused(kept: Path, teacher: Path, out: Path) -> None:

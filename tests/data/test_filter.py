@@ -258,9 +258,13 @@ def test_the_stage_keeps_counts_and_shows(out: Path, recorder: Any) -> None:
     for name in REPORT[1:]:
         assert name in recorder.files
         assert Image.open(out / name).width > 300
-    assert {file.name for file in out.iterdir()} == {"00000.tar", "00001.tar", "dropped.parquet", *REPORT}, (
-        "work in progress is left behind"
-    )
+    assert {file.name for file in out.iterdir()} == {
+        "00000.tar",
+        "00001.tar",
+        "dropped.parquet",
+        "manifest.json",
+        *REPORT,
+    }, "work in progress is left behind"
 
 
 def digests(folder: Path) -> dict[str, str]:
