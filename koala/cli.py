@@ -591,6 +591,21 @@ def bench_data(
     bench(rows or [], formats or [], rounds, out, plot)
 
 
+@bench.command("read")
+def bench_read(
+    samples: Annotated[int, typer.Option(min=64, help="encoded samples of 128 KiB")] = 2000,
+    workers: Annotated[int, typer.Option(min=1, help="of each reader")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="measurements of each reader")] = 3,
+    rows: Annotated[int, typer.Option(min=1, help="captions whose memory is measured")] = 1_000_000,
+    images: Annotated[int, typer.Option(min=2, help="images that are decoded for a VAE that costs nothing")] = 200,
+    out: Out = None,
+) -> None:
+    """Measure reading beside webdataset and datasets, and decoding."""
+    from koala.bench.read import bench
+
+    bench(samples, workers, rounds, rows, images, out)
+
+
 def main() -> None:
     """Run the command. An error that the user can fix is one line on stderr and exit status 2."""
     for name, value in QUIET.items():

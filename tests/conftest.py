@@ -30,6 +30,7 @@ SLOW = (
     "data/test_download.py",
     "data/test_processes.py",
     "data/test_duplicates.py",
+    "data/test_encode.py",
     "distill/test_held_out.py",
     "distill/test_launch.py",
     "distill/test_machines.py",

@@ -60,6 +60,7 @@ HOUSEKEEPING = {
     "koala/data/scores/base.py",
     "koala/data/scores/known.py",
     "koala/data/tally.py",
+    "koala/data/manifest.py",
     "koala/distill/checkpoint.py",
     "koala/distill/curves.py",
     "koala/distill/job.py",

@@ -5,14 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from koala.data.latents import COLUMNS
+from koala.data.latents import write_shard
 from koala.teacher.config import LATENT_CHANNELS, TeacherConfig, TinyTeacher
 from koala.teacher.tiny import build_pipeline, build_vae
 from koala.unet.reference import SDXL
@@ -97,10 +94,10 @@ def random_latents(folder: Path, buckets: Mapping[tuple[int, int], int], factor:
     folder.mkdir(parents=True)
     random = torch.Generator().manual_seed(0)
     rows: list[dict[str, object]] = []
+    latents = {}
     for (height, width), count in buckets.items():
         name = f"00000-{height}x{width}.safetensors"
-        latents = torch.randn(count, LATENT_CHANNELS, height // factor, width // factor, generator=random)
-        save_file({"latents": latents}, folder / name)
+        latents[name] = list(torch.randn(count, LATENT_CHANNELS, height // factor, width // factor, generator=random))
         for row in range(count):
             rows.append(
                 {
@@ -117,4 +114,4 @@ def random_latents(folder: Path, buckets: Mapping[tuple[int, int], int], factor:
                     "flipped": False,
                 }
             )
-    pq.write_table(pa.Table.from_pylist(rows, COLUMNS), folder / "00000.parquet")
+    write_shard(folder, "00000", rows, latents)

@@ -58,7 +58,8 @@ def train(found: dict[str, Any], out: Path | None, plot: Path | None) -> None:
     show(f"Distilling {settings['student']} at profile {settings['profile']}, {sizes} px: {flops:.4g} TFLOP an image")
     _print(found, [speed, spent])
     show(f"matmul peak: {peak / 1e12:.4g} TFLOP/s, precision {first['precision']}; rounds: {settings['rounds']}")
-    _save(found, out, plot, _train_figure)
+    _save(found, out)
+    _save_plot(found, plot, _train_figure)
 
 
 def infer(found: dict[str, Any], out: Path | None, plot: Path | None) -> None:
@@ -91,7 +92,31 @@ def infer(found: dict[str, Any], out: Path | None, plot: Path | None) -> None:
     how = ", layers compiled" if settings["compile"] else ""
     show(f"One image of {settings['size']} px, guidance (two forward passes a step), {settings['dtype']}{how}")
     _print(found, [table])
-    _save(found, out, plot, _infer_figure)
+    _save(found, out)
+    _save_plot(found, plot, _infer_figure)
+
+
+def read(found: dict[str, Any], out: Path | None) -> None:
+    """Show `koala bench read`'s tables: readers beside ours, decoding by workers, and the memory of captions."""
+    rows, settings, memory = found["rows"], found["settings"], found["settings"]["memory"]
+    table = [["reader", "samples/s", f"of {rows[0]['name']}'s"]]
+    for row in rows:
+        share = _share(row, rows[0], "samples_per_second") if not row["name"].startswith("decode") else "-"
+        table.append(
+            [row["name"], f"{row['samples_per_second']:.0f}" if "samples_per_second" in row else _why(row), share]
+        )
+    show(
+        f"Reading {settings['samples']} latents of 128 KiB, {settings['workers']} workers, median of {settings['rounds']}"
+    )
+    _print(found, [table])
+    if "private_bytes" in memory:
+        sizes = ", ".join(f"{_gib(memory[f'{kind}_bytes'])} GiB {kind}" for kind in ("private", "shared"))
+        show(f"{settings['rows']} captions of 500 characters, with the order of an epoch: {sizes}")
+    _save(found, out)
+
+
+def _share(row: Figures, first: Figures, name: str) -> str:
+    return f"{row[name] / first[name]:.2f} x" if name in row and name in first else "-"
 
 
 def _why(row: Figures) -> str:
@@ -118,7 +143,8 @@ def data(found: dict[str, Any], out: Path | None, plot: Path | None) -> None:
             ]
         )
     _print(found, [table])
-    _save(found, out, plot, _data_figure)
+    _save(found, out)
+    _save_plot(found, plot, _data_figure)
 
 
 def _with_range(value: float, rounds: Sequence[float | None]) -> str:
@@ -147,12 +173,13 @@ def _print(found: dict[str, Any], tables: Sequence[Sequence[Sequence[str]]]) -> 
     show(f"\n{found['where']['device']}; {where}; {found['date']}")
 
 
-def _save(
-    found: dict[str, Any], out: Path | None, plot: Path | None, draw: Callable[[dict[str, Any]], "Figure"]
-) -> None:
+def _save(found: dict[str, Any], out: Path | None) -> None:
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _save_plot(found: dict[str, Any], plot: Path | None, draw: Callable[[dict[str, Any]], "Figure"]) -> None:
     if plot:
         plot.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -141,6 +141,10 @@ class EncodeMachine(Config):
 
     batch_size: int = Field(default=8, gt=0)
     """Images per forward pass of the VAE."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that decode images beside each VAE; 0: the VAE's own process does. One decodes about 20 images of 1.5 Mpx/s."""
+    processes: int | None = Field(default=None, gt=0)
+    """Processes that encode, each its share of the shards; one a GPU if not given, and one where there is none."""
 
 
 class EncodeConfig(Config):
@@ -157,6 +161,13 @@ class EncodeConfig(Config):
     """Probability that an image is mirrored horizontally."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     """Type in which latents are stored."""
+    vae_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Type in which the VAE computes; that of its weights if not given, float32 for one in float16 that overflows there."""
+    tile_above: int | None = Field(default=None, gt=0)
+    """Pixels of a bucket above which the VAE encodes in overlapping tiles, which takes less memory; never if not given.
+
+    A tile is of the size for which the VAE was trained. The latents differ a little from those of the whole image.
+    """
     seed: int = 0
     """Seed of random crops and flips."""
     machine: EncodeMachine = EncodeMachine()

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from koala.console import progress, say
+from koala.data import manifest
 from koala.data.config import DownloadConfig
 from koala.data.fetch import FetchConfig
 from koala.errors import KoalaError
@@ -49,6 +50,7 @@ def download(config: DownloadConfig, table: Path, out: Path, run: Run) -> None:
 
     Raises KoalaError if no image comes, or if img2dataset or the sidecar fails.
     """
+    manifest.check(table)
     state = out / STATE
     # img2dataset needs its own folder: it takes every JSON file there for the stats of a shard.
     shards = state / "shards"
@@ -68,6 +70,7 @@ def download(config: DownloadConfig, table: Path, out: Path, run: Run) -> None:
     run.metrics({"rows": stats["rows"], "success_share": stats["success_share"]} | stats["status"])
     run.figure(figure, "outcomes.png")
     run.artifact(out / "stats.json")
+    manifest.write(out)
     say(f"download: {stats['status']['success']} of {stats['rows']} images ({stats['success_share']:.1%})")
     shutil.rmtree(state)
 

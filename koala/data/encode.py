@@ -2,34 +2,47 @@
 
 Works shard by shard. A shard is finished when its parquet file is in `out`, which is written last: a killed run resumes
 after the last finished shard. The format is described in koala.data.latents.
+
+Worker processes decode images ahead of the VAE, in the shards' order, so that the latents do not depend on their number.
+Where there are several GPUs, a process for each encodes its share of the shards.
 """
 
 import io
 import json
-import os
-from collections import defaultdict
-from collections.abc import Sequence
+import multiprocessing
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from koala.console import progress
+from koala.console import progress, say
+from koala.data import manifest
 from koala.data.config import EncodeConfig
-from koala.data.latents import COLUMNS
-from koala.data.shards import Sample, read_shard, shards
+from koala.data.decode import DecodeConfig, UnusableError, normalised
+from koala.data.latents import write_shard
+from koala.data.shards import Place, Sample, index, shards
 from koala.errors import KoalaError
-from koala.run import Run
+from koala.run import STATE, Run
 
 Size = tuple[int, int]
 """Height and width in pixels."""
+Encoder = Callable[[Tensor], Tensor]
+"""Makes latents, N x 4 x h x w, of pixels, N x H x W x 3 in uint8. It need not wait for its device."""
+_NOT_FINITE = "the latent is not finite"
+_IN_COLUMNS = ("key", "caption", "url", "sha256")
 
 
 @dataclass(frozen=True)
@@ -46,40 +59,105 @@ class Crop:
     """Whether the image was mirrored horizontally."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A sample that a worker has decoded and fitted, or could not."""
+
+    row: dict[str, Any]
+    """Its row of `koala.data.latents.RECORD`, without `file` and `row`."""
+    pixels: np.ndarray | None
+    """H x W x 3 in uint8; None where `row` has an error."""
+
+
 def encode(config: EncodeConfig, kept: Path, teacher: Path, out: Path, run: Run) -> None:
     """Encode every shard of `kept` with the VAE of `teacher`; shards already in `out` are left as they are.
 
-    Any webdataset shards will do: a sample is an image, its caption (.txt) and, if known, its original size (.json).
-    Raises KoalaError if there is no sample, an image cannot be decoded, or the VAE does not divide a bucket.
+    Any webdataset shards will do: a sample is an image, its caption (.txt) and, if known, its metadata (.json). A sample that
+    cannot be encoded is a row with its `error` in the shard's parquet file.
+    Raises KoalaError if there is no sample, a shard is damaged, no image can be encoded, or the VAE does not divide a bucket.
     """
     files = shards(kept)
     if not files:
         raise KoalaError(f"{kept} holds no shards (.tar): run `dvc repro filter` again, or name another folder")
-    vae = load_vae(teacher)
-    _check_buckets(config, vae)
+    manifest.check(kept)
+    manifest.resume(out, config, kept, teacher / "vae")
+    _check_buckets(config, teacher)
     pending = [file for file in files if not (out / f"{file.stem}.parquet").is_file()]
-    for file in progress(pending, "encode: shards", total=len(files), done=len(files) - len(pending)):
-        encode_shard(file, out, vae, config)
+    done = sum(pq.read_metadata(out / f"{file.stem}.parquet").num_rows for file in files if file not in pending)
+    with closing(_encode_all(pending, out, teacher, config)) as encoded:
+        for _ in progress(encoded, "encode", total=done + _count(pending), done=done, unit="images"):
+            pass
 
-    rows = sum(pq.read_metadata(file).num_rows for file in out.glob("*.parquet"))
-    if not rows:
-        raise KoalaError(f"the shards of {kept} hold no images (.jpg, .png or .webp): nothing to encode")
-    stats = {"samples": rows, "shards": len(files), "latent_std": _latent_std(out)}
+    stats = _summarise(out, [out / f"{file.stem}.parquet" for file in files])
+    if not stats["samples"]:
+        if not stats["failed"]:
+            raise KoalaError(f"the shards of {kept} hold no images (.jpg, .png or .webp): nothing to encode")
+        worst, count = next(iter(stats["errors"].items()))
+        raise KoalaError(
+            f"none of the {stats['failed']} images of {kept} could be encoded; most often: {worst} ({count})"
+        )
+    if stats["failed"]:
+        causes = ", ".join(f"{error} ({count})" for error, count in stats["errors"].items())
+        say(f"encode: {stats['failed']} images could not be encoded: {causes}; see `error` in {out}/*.parquet")
     (out / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
-    run.metrics(stats)
+    run.metrics({name: value for name, value in stats.items() if name != "errors"})
+    manifest.write(out, kept, teacher / "vae")
+    shutil.rmtree(out / STATE, ignore_errors=True)
 
 
-def load_vae(teacher: Path) -> AutoencoderKL:
-    """Load the VAE of a pipeline folder in the type of its weights, on the GPU if there is one.
+def _count(files: Sequence[Path]) -> int:
+    """Return the samples of some shards by their manifest; without one, as if each had as many as the first."""
+    if not files:
+        return 0
+    if found := manifest.read(files[0].parent):
+        return sum(found.files[file.name].samples for file in files)
+    return len(index(files[0])) * len(files)
 
-    A VAE that overflows in float16 (`force_upcast` in its configuration: SDXL's own) is loaded in float32.
+
+def _summarise(out: Path, tables: Sequence[Path]) -> dict[str, Any]:
+    errors: Counter[str] = Counter()
+    rows = 0
+    for table in tables:
+        found = pq.read_table(table, columns=["error"])["error"].to_pylist()
+        rows += len(found)
+        errors.update(error for error in found if error is not None)
+    samples = rows - errors.total()
+    return {
+        "samples": samples,
+        "failed": errors.total(),
+        "errors": dict(sorted(errors.items(), key=lambda item: (-item[1], item[0]))),
+        "shards": len(tables),
+        "latent_std": _latent_std(out) if samples else 0.0,
+    }
+
+
+# The VAE.
+
+
+def load_vae(teacher: Path, dtype: str | None = None, device: str | None = None) -> AutoencoderKL:
+    """Load the VAE of a pipeline folder, on the GPU if there is one.
+
+    Its type, where none is given, is that of its weights; float32 for a VAE in float16 that overflows there (`force_upcast`
+    in its configuration: SDXL's own).
+
+    Raises:
+        KoalaError: float16 is asked of a VAE that overflows in it.
     """
+    stored = _stored_type(teacher / "vae")
     vae = AutoencoderKL.from_pretrained(
-        teacher, subfolder="vae", torch_dtype=_stored_type(teacher / "vae"), use_safetensors=True, local_files_only=True
+        teacher,
+        subfolder="vae",
+        torch_dtype=getattr(torch, dtype) if dtype else stored,
+        use_safetensors=True,
+        local_files_only=True,
     )
     if vae.dtype == torch.float16 and vae.config.force_upcast:
+        if dtype:
+            raise KoalaError(
+                "encode.vae_dtype: this VAE overflows in float16 (force_upcast): take bfloat16, or a VAE that is safe in float16"
+            )
         vae = vae.float()
-    return vae.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return vae.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _stored_type(folder: Path) -> torch.dtype:
@@ -93,58 +171,272 @@ def _stored_type(folder: Path) -> torch.dtype:
     return torch.float32
 
 
-@torch.no_grad()
-def encode_shard(file: Path, folder: Path, vae: AutoencoderKL, config: EncodeConfig) -> None:
-    """Write the latents of one shard (means of the posterior, scaled): a file per bucket, then the shard's parquet.
+def encoder(vae: AutoencoderKL, config: EncodeConfig) -> Encoder:
+    """Return the function that encodes: means of the posterior, scaled."""
 
-    Raises KoalaError if an image cannot be decoded.
-    """
-    waiting: dict[Size, list[tuple[Sample, Crop, Tensor, Size]]] = defaultdict(list)
-    rows: list[dict[str, object]] = []
-    latents: dict[Size, list[Tensor]] = defaultdict(list)
+    @torch.no_grad()
+    def run(pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[1:3]
+        vae.use_tiling = config.tile_above is not None and height * width > config.tile_above
+        values = pixels.to(vae.device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+        encoded: Tensor = vae.encode(values.to(vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
+        return encoded
 
-    def flush(bucket: Size) -> None:
-        batch = waiting.pop(bucket)
-        pixels = torch.stack([pixels for *_, pixels, _ in batch]).to(vae.device, vae.dtype)
-        encoded = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
-        for (sample, crop, _, original), latent in zip(batch, encoded, strict=True):
-            rows.append(_row(sample, crop, original, _latents_file(file, bucket), len(latents[bucket])))
-            latents[bucket].append(latent.to("cpu", getattr(torch, config.dtype)))
-
-    for sample in read_shard(file):
-        image = _decode(sample, file)
-        crop, pixels = fit(image, sample.key, config)
-        waiting[crop.bucket].append((sample, crop, pixels, _original_size(sample, image)))
-        if len(waiting[crop.bucket]) == config.machine.batch_size:
-            flush(crop.bucket)
-    for bucket in list(waiting):
-        flush(bucket)
-
-    for bucket, tensors in latents.items():
-        save_file({"latents": torch.stack(tensors)}, folder / _latents_file(file, bucket))
-    rows.sort(key=lambda row: str(row["key"]))
-    unfinished = folder / f"{file.stem}.part"
-    pq.write_table(pa.Table.from_pylist(rows, COLUMNS), unfinished)
-    os.replace(unfinished, folder / f"{file.stem}.parquet")
+    return run
 
 
-def _decode(sample: Sample, file: Path) -> Image.Image:
+# A process for each GPU.
+
+
+def _encode_all(files: Sequence[Path], out: Path, teacher: Path, config: EncodeConfig) -> Generator[None, None, None]:
+    """Encode shards, in several processes where there are several GPUs. Yield once for each sample."""
+    wanted = config.machine.processes or max(torch.cuda.device_count(), 1)
+    processes = min(wanted, len(files))
+    if processes > 1:
+        yield from _encode_by_processes(files, out, teacher, config, processes)
+    elif files:
+        yield from encode_shards(files, out, encoder(load_vae(teacher, config.vae_dtype), config), config)
+
+
+def _encode_by_processes(
+    files: Sequence[Path], out: Path, teacher: Path, config: EncodeConfig, processes: int
+) -> Iterator[None]:
+    context = multiprocessing.get_context("spawn")
+    workers = {}
+    for number in range(processes):
+        ours, theirs = context.Pipe(duplex=False)
+        share = files[number::processes]
+        workers[ours] = context.Process(target=_encode_share, args=(theirs, number, share, out, teacher, config))
+        workers[ours].start()
+        theirs.close()
+    waiting = list(workers)
     try:
-        return Image.open(io.BytesIO(sample.image)).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise anything on broken bytes
-        raise KoalaError(
-            f"cannot decode the image {sample.key} of {file} ({type(error).__name__}): filter the shards first"
-        ) from None
+        while waiting:
+            for told in wait(waiting):
+                assert isinstance(told, Connection)
+                try:
+                    complaint = told.recv()
+                except EOFError:
+                    waiting.remove(told)
+                    workers[told].join()
+                    if status := workers[told].exitcode:
+                        raise KoalaError(
+                            f"a process that encodes ended with status {status} (out of memory?): lower "
+                            "encode.batch_size of the machine; finished shards are kept"
+                        ) from None
+                    continue
+                if complaint:
+                    raise KoalaError(complaint)
+                yield
+    finally:
+        for process in workers.values():
+            process.terminate()
+            process.join()
+
+
+def _encode_share(
+    tell: Connection, number: int, files: Sequence[Path], out: Path, teacher: Path, config: EncodeConfig
+) -> None:
+    """Encode some shards on a GPU of this process's own. Sends None for each sample, or what the user must fix.
+
+    Where the main process dies, sending fails, and this one ends too.
+    """
+    cuda = torch.cuda.is_available()
+    device = f"cuda:{number % torch.cuda.device_count()}" if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
+    try:
+        for _ in encode_shards(files, out, encoder(load_vae(teacher, config.vae_dtype, device), config), config):
+            tell.send(None)
+    except KoalaError as error:
+        tell.send(str(error))
+
+
+# One process: decode workers, then the encoder.
+
+
+def encode_shards(files: Sequence[Path], out: Path, encode: Encoder, config: EncodeConfig) -> Iterator[None]:
+    """Encode shards one after another and write each when it is whole. Yield once for each sample.
+
+    Raises KoalaError if a shard is damaged or a worker dies.
+    """
+    workers = config.machine.workers
+    loader = DataLoader(
+        _Preparation(config),
+        sampler=_Work(files),
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        prefetch_factor=max(2, -(-2 * config.machine.batch_size // workers)) if workers else None,
+    )
+    work = _ShardWork(encode, config)
+    items = iter(loader)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            raise KoalaError(
+                "a worker of encode was killed, for its memory perhaps: lower encode.workers of the machine; "
+                "finished shards are kept"
+            ) from None
+        if isinstance(item, KoalaError):
+            raise item
+        if isinstance(item, Path):
+            work.write(item, out)
+        else:
+            work.add(item)
+            yield
+
+
+class _ShardWork:
+    """The samples of one shard on their way through the encoder."""
+
+    def __init__(self, encode: Encoder, config: EncodeConfig) -> None:
+        self._encode, self._config = encode, config
+        self._start()
+
+    def _start(self) -> None:
+        self._waiting: dict[Size, list[Prepared]] = defaultdict(list)
+        self._running: tuple[list[Prepared], Tensor] | None = None
+        self._rows: list[dict[str, Any]] = []
+        self._latents: dict[Size, list[Tensor]] = defaultdict(list)
+
+    def add(self, sample: Prepared) -> None:
+        """Take a sample in; encode its bucket's batch where that is full."""
+        self._rows.append(sample.row)
+        if sample.pixels is not None:
+            bucket = sample.pixels.shape[:2]
+            self._waiting[bucket].append(sample)
+            if len(self._waiting[bucket]) == self._config.machine.batch_size:
+                self._submit(self._waiting.pop(bucket))
+
+    def _submit(self, batch: list[Prepared]) -> None:
+        """Start to encode a batch, then take what the batch before it gave: a GPU has always one ahead."""
+        pixels = torch.from_numpy(np.stack([sample.pixels for sample in batch if sample.pixels is not None]))
+        encoded = self._encode(pixels.pin_memory() if torch.cuda.is_available() else pixels)
+        self._settle()
+        self._running = (batch, encoded)
+
+    def _settle(self) -> None:
+        """Take the latents of the batch that runs."""
+        if self._running is None:
+            return
+        batch, encoded = self._running
+        self._running = None
+        encoded = encoded.to("cpu", getattr(torch, self._config.dtype))
+        for sample, latent in zip(batch, encoded, strict=True):
+            bucket = (sample.row["bucket_height"], sample.row["bucket_width"])
+            if bool(torch.isfinite(latent).all()):
+                sample.row["row"] = len(self._latents[bucket])
+                self._latents[bucket].append(latent)
+            else:
+                sample.row["error"] = _NOT_FINITE
+
+    def write(self, shard: Path, out: Path) -> None:
+        """Encode what is left of the shard, and write it."""
+        for bucket in list(self._waiting):
+            self._submit(self._waiting.pop(bucket))
+        self._settle()
+        names = {bucket: f"{shard.stem}-{bucket[0]}x{bucket[1]}.safetensors" for bucket in self._latents}
+        for row in self._rows:
+            if row["error"] is None:
+                row["file"] = names[row["bucket_height"], row["bucket_width"]]
+        latents = {names[bucket]: found for bucket, found in self._latents.items() if found}
+        write_shard(out, shard.stem, self._rows, latents)
+        self._start()
+
+
+class _Work(Sampler[Place | Path]):
+    """The places of all samples, shard by shard, each shard's file behind its samples."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+
+    def __iter__(self) -> Iterator[Place | Path]:
+        for file in self._files:
+            yield from index(file)
+            yield file
+
+
+class _Preparation(Dataset[Any]):
+    """What workers do: prepare a sample, or compare a shard that was read with its manifest."""
+
+    def __init__(self, config: EncodeConfig) -> None:
+        self._config = config
+
+    def __getitem__(self, work: Place | Path) -> Prepared | Path | KoalaError:
+        if isinstance(work, Place):
+            return prepare(work, self._config)
+        try:
+            manifest.verify(work)
+        except KoalaError as error:
+            return error
+        return work
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def prepare(place: Place, config: EncodeConfig) -> Prepared:
+    """Read, decode and fit a sample."""
+    try:
+        sample = place.read()
+    except KoalaError:
+        return Prepared({"key": place.key, "error": "its metadata are no JSON object"}, None)
+    row = _known(sample)
+    try:
+        image = Image.open(io.BytesIO(normalised(sample.image, DecodeConfig()))).convert("RGB")
+    except UnusableError as error:
+        return Prepared(row | {"error": str(error)}, None)
+    except Exception:  # Pillow's decoders raise anything on broken bytes
+        return Prepared(row | {"error": "cannot be decoded"}, None)
+    crop, fitted = fit(image, sample.key, config)
+    height, width = _original_size(sample, image)
+    row |= {
+        "bucket_height": crop.bucket[0],
+        "bucket_width": crop.bucket[1],
+        "original_height": height,
+        "original_width": width,
+        "crop_top": crop.top,
+        "crop_left": crop.left,
+        "flipped": crop.flipped,
+    }
+    return Prepared(row, np.asarray(fitted))
+
+
+def _known(sample: Sample) -> dict[str, Any]:
+    """Return the columns that do not depend on the pixels."""
+    url, sha256 = sample.meta.get("url"), sample.meta.get("sha256")
+    others = {name: value for name, value in sample.meta.items() if name not in _IN_COLUMNS}
+    return {
+        "key": sample.key,
+        "caption": sample.caption,
+        "url": _text(url),
+        "sha256": _text(sha256),
+        "meta": json.dumps(others, sort_keys=True),
+        "error": None,
+    }
+
+
+def _text(value: Any) -> str | None:
+    """Return a value of untrusted JSON as valid Unicode."""
+    return None if value is None else str(value).encode(errors="replace").decode()
 
 
 def _original_size(sample: Sample, image: Image.Image) -> Size:
     """Return the size before the download resized the image; the image's own if not recorded."""
-    height, width = sample.meta.get("original_height"), sample.meta.get("original_width")
-    return (int(height), int(width)) if height and width else (image.height, image.width)
+    found = [sample.meta.get(f"original_{side}") for side in ("height", "width")]
+    sizes = [int(side) for side in found if isinstance(side, int | float) and 0 < side < 2**31]
+    return (sizes[0], sizes[1]) if len(sizes) == 2 else (image.height, image.width)
 
 
-def fit(image: Image.Image, key: str, config: EncodeConfig) -> tuple[Crop, Tensor]:
-    """Resize an image to cover its bucket and crop it. Return the crop, and pixels 3 x H x W in -1..1.
+def fit(image: Image.Image, key: str, config: EncodeConfig) -> tuple[Crop, Image.Image]:
+    """Resize an image to cover its bucket and crop it. Return the crop, and the image of the bucket's size.
 
     The random crop and flip are a function of the seed and the sample's key.
     """
@@ -164,8 +456,7 @@ def fit(image: Image.Image, key: str, config: EncodeConfig) -> tuple[Crop, Tenso
     if flipped:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         left = spare_width - left
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-    return Crop(bucket, top, left, flipped), pixels
+    return Crop(bucket, top, left, flipped), image
 
 
 def nearest_bucket(aspect: float, buckets: Sequence[Size]) -> Size:
@@ -173,28 +464,8 @@ def nearest_bucket(aspect: float, buckets: Sequence[Size]) -> Size:
     return min(buckets, key=lambda bucket: abs(np.log(aspect * bucket[1] / bucket[0])))
 
 
-def _row(sample: Sample, crop: Crop, original: Size, file: str, row: int) -> dict[str, object]:
-    return {
-        "key": sample.key,
-        "caption": sample.caption,
-        "file": file,
-        "row": row,
-        "bucket_height": crop.bucket[0],
-        "bucket_width": crop.bucket[1],
-        "original_height": original[0],
-        "original_width": original[1],
-        "crop_top": crop.top,
-        "crop_left": crop.left,
-        "flipped": crop.flipped,
-    }
-
-
-def _latents_file(shard: Path, bucket: Size) -> str:
-    return f"{shard.stem}-{bucket[0]}x{bucket[1]}.safetensors"
-
-
-def _check_buckets(config: EncodeConfig, vae: AutoencoderKL) -> None:
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+def _check_buckets(config: EncodeConfig, teacher: Path) -> None:
+    factor = 2 ** (len(json.loads((teacher / "vae" / "config.json").read_text())["block_out_channels"]) - 1)
     for height, width in config.buckets:
         if height % factor or width % factor:
             raise KoalaError(f"encode.buckets has {height} x {width}: sides must be multiples of the VAE's {factor} px")

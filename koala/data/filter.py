@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from koala.console import progress, say
+from koala.data import manifest
 from koala.data.config import FilterConfig
 from koala.data.decide import Plan, decide
 from koala.data.executor import each
@@ -37,8 +38,13 @@ def filter(config: FilterConfig, images: Path, scores: Path, out: Path, run: Run
     inputs = shards(images)
     if not inputs:
         raise KoalaError(f"{images} holds no shards: run `dvc repro download` again")
+    scored = scores if any(scores.glob("*.parquet")) else None
+    folders = [images, scored] if scored else [images]
+    for folder in folders:
+        manifest.check(folder)
+    manifest.resume(out, config, *folders)
     state = out / STATE
-    judged = judge_shards(inputs, config, state / "judged", scores if any(scores.glob("*.parquet")) else None)
+    judged = judge_shards(inputs, config, state / "judged", scored)
     plan = decide(judged, config, state, out)
     bounds = {name: ends for rule in config.rules for name, ends in rule.bounds().items()}
     summary = report(out / "verdicts", images, bounds, out)
@@ -53,6 +59,7 @@ def filter(config: FilterConfig, images: Path, scores: Path, out: Path, run: Run
     for file in (out / SUMMARY, out / PAGE, *sorted((out / PLOTS).iterdir())):
         run.artifact(file)
     say(f"filter: {summary['kept']} of {summary['samples']} samples kept ({summary['kept_share']:.1%})")
+    manifest.write(out)
     shutil.rmtree(state)
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from koala.console import progress
+from koala.data import manifest
 from koala.data.config import FilterConfig
 from koala.data.executor import each
 from koala.data.fingerprints import TABLES, dhash, pattern, plane_hashes, thumbnail
@@ -103,6 +104,7 @@ def judge_shards(inputs: Sequence[Path], config: FilterConfig, folder: Path, sco
 
 
 def _judge_shard(job: _Job) -> None:
+    manifest.verify(job.shard)
     stamp = job.stamp()
     scores = Scores.read(job.scores) if job.scores else None
     values = dict.fromkeys(name for rule in job.config.rules for name in rule.bounds())

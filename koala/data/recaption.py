@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from koala.console import progress
+from koala.data import manifest
 from koala.data.ahead import batches_ahead
 from koala.data.captions.config import RecaptionConfig
 from koala.data.picture import open_picture
@@ -45,6 +46,7 @@ def recaption(config: RecaptionConfig, kept: Path, out: Path, run: Run) -> None:
         files = shards(kept)
         if not files:
             raise KoalaError(f"{kept} holds no shards (.tar): run `dvc repro filter` again")
+        manifest.check(kept)
         pending = [file for file in files if not (out / f"{file.stem}.parquet").is_file()]
         work = share(partial(_caption_shards, config, out), pending, config.machine.processes)
         for _ in progress(work, "recaption: shards", total=len(files), done=len(files) - len(pending)):
@@ -52,6 +54,7 @@ def recaption(config: RecaptionConfig, kept: Path, out: Path, run: Run) -> None:
         stats = _summary([out / f"{file.stem}.parquet" for file in files])
     (out / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
     run.metrics(stats)
+    manifest.write(out)
 
 
 def _caption_shards(config: RecaptionConfig, out: Path, files: Sequence[Path], rank: int) -> Iterator[Path]:

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from koala.console import progress, say
+from koala.data import manifest
 from koala.data.processes import share, use_gpu
 from koala.data.scores.config import ScoreConfig
 from koala.data.scores.known import Known
@@ -42,6 +43,7 @@ def score(config: ScoreConfig, images: Path, out: Path, run: Run) -> None:
         files = shards(images)
         if not files:
             raise KoalaError(f"{images} holds no shards (.tar): run `dvc repro download` again")
+        manifest.check(images)
         pending = [file for file in files if not (out / f"{file.stem}.parquet").is_file()]
         work = share(partial(_score_shards, config, out), pending, config.machine.processes)
         for _ in progress(work, "score: shards", total=len(files), done=len(files) - len(pending)):
@@ -54,6 +56,7 @@ def score(config: ScoreConfig, images: Path, out: Path, run: Run) -> None:
         run.artifact(out / f"{name}.png")
     if stats["undecodable"]:
         say(f"score: {stats['undecodable']} of {stats['samples']} images cannot be decoded: their scores are null")
+    manifest.write(out)
     shutil.rmtree(out / STATE, ignore_errors=True)
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import tarfile
 from collections.abc import Container, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -52,36 +51,76 @@ def read_shards(folder: Path) -> Iterator[Sample]:
 def read_shard(shard: Path, only: Container[str] | None = None) -> Iterator[Sample]:
     """Yield the samples of a shard, ordered by key. Members without an image of the same key are skipped.
 
-    Where `only` is given, the content of samples with other keys is not read.
-
-    Keys are webdataset's: a member's path up to the first dot of its file name.
-    Raises KoalaError, which names the file, where it is gone, is no tar file, is cut off, or holds metadata that is no JSON.
+    Where `only` is given, samples with other keys are not read.
+    Raises KoalaError if the shard is no whole tar file, or a sample's metadata are no JSON.
     """
-    with _opened(shard) as tar:
-        members: dict[str, dict[str, tarfile.TarInfo]] = {}
-        for member in _members(tar):
-            folder, slash, name = member.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            if member.isfile() and stem:
-                members.setdefault(folder + slash + stem, {})[extension.lower()] = member
-        for key in sorted(members):
-            parts = members[key]
-            images = sorted(parts.keys() & IMAGE_EXTENSIONS)
-            if images and (only is None or key in only):
-                caption = _read(tar, parts.get("txt")).decode(errors="replace")
-                meta = _meta(_read(tar, parts.get("json")), shard, key)
-                yield Sample(key, _read(tar, parts[images[0]]), images[0], caption, meta)
+    for place in index(shard):
+        if only is None or place.key in only:
+            yield place.read()
 
 
-@contextmanager
-def _opened(shard: Path) -> Iterator[tarfile.TarFile]:
+Span = tuple[int, int]
+"""Offset and size of a member's content in its tar file, bytes."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sample is in its shard."""
+
+    shard: Path
+    """The tar file."""
+    key: str
+    """Name of the sample's members, without the extension."""
+    extension: str
+    """Extension of the image, without the dot."""
+    image: Span
+    """The encoded image."""
+    caption: Span
+    """The caption; of size 0 if there is none."""
+    meta: Span
+    """The metadata; of size 0 if there are none."""
+
+    def read(self) -> Sample:
+        """Read the sample. Raises KoalaError if its metadata are no JSON object."""
+        with self.shard.open("rb") as file:
+            image, caption, meta = (_read(file, span) for span in (self.image, self.caption, self.meta))
+        try:
+            found = json.loads(meta or b"{}")
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise KoalaError(
+                f"{self.shard}: the metadata of {self.key} are no JSON object: repair or remove that sample"
+            )
+        return Sample(self.key, image, self.extension, caption.decode(errors="replace"), found)
+
+
+def index(shard: Path) -> list[Place]:
+    """Return the places of a shard's samples, ordered by key, by reading the headers of its members only.
+
+    Keys are webdataset's: a member's path up to the first dot of its file name. Raises KoalaError if the shard is no whole
+    tar file.
+    """
+    members: dict[str, dict[str, Span]] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
-            yield tar
+            for member in _members(tar):
+                # Names that are not UTF-8 become names that are.
+                folder, slash, name = member.name.encode(errors="backslashreplace").decode().rpartition("/")
+                stem, _, extension = name.partition(".")
+                if member.isfile() and stem:
+                    members.setdefault(folder + slash + stem, {})[extension.lower()] = (member.offset_data, member.size)
     except FileNotFoundError:
-        raise KoalaError(f"{shard} is gone: make it again, or leave its folder alone while a stage reads it") from None
-    except tarfile.TarError as error:
-        raise KoalaError(f"{shard} is no whole tar file ({error}): make it again, or remove it") from None
+        raise KoalaError(f"{shard} is missing: restore it, or make it again") from None
+    except (tarfile.TarError, EOFError):
+        raise KoalaError(f"{shard} is truncated, or no tar file: restore it, or make it again") from None
+    places = []
+    for key in sorted(members):
+        parts = members[key]
+        if images := sorted(parts.keys() & IMAGE_EXTENSIONS):
+            caption, meta = (parts.get(extension, (0, 0)) for extension in ("txt", "json"))
+            places.append(Place(shard, key, images[0], parts[images[0]], caption, meta))
+    return places
 
 
 def _members(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
@@ -98,19 +137,9 @@ def _members(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
     return members
 
 
-def _read(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> bytes:
-    file = tar.extractfile(member) if member else None
-    return file.read() if file else b""
-
-
-def _meta(data: bytes, shard: Path, key: str) -> dict[str, Any]:
-    try:
-        meta = json.loads(data or b"{}")
-    except (ValueError, RecursionError):
-        meta = None
-    if not isinstance(meta, dict):
-        raise KoalaError(f"{shard}: {key}.json is no JSON object: make the shard again, or remove it")
-    return meta
+def _read(file: BinaryIO, span: Span) -> bytes:
+    file.seek(span[0])
+    return file.read(span[1])
 
 
 def write_shard(file: Path, samples: Iterable[Sample], unfinished: Path) -> None:

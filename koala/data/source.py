@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from koala.console import say
+from koala.data import manifest
 from koala.data.config import SourceConfig
 from koala.errors import KoalaError
 from koala.run import Run
@@ -38,6 +39,7 @@ def source(config: SourceConfig, out: Path, run: Run) -> None:
             f"{config.location} holds no usable row (dropped: {stats['dropped']}): see source in params.yaml"
         )
     (out / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
+    manifest.write(out)
     run.metrics({"rows": rows} | {f"dropped.{reason}": count for reason, count in dropped.items()})
     run.artifact(out / "stats.json")
     say(f"source: {rows} rows, {dropped.total()} dropped")

@@ -59,47 +59,75 @@ Buckets = dict[tuple[int, int], np.ndarray]
 
 
 def too_small(buckets: Buckets, batch_size: int) -> dict[tuple[int, int], int]:
-    """Return the buckets that never fill a batch, with their counts of samples."""
+    """Return the buckets that fill no batch without repeating samples, with their counts of samples."""
     return {bucket: len(indices) for bucket, indices in buckets.items() if len(indices) < batch_size}
 
 
 class Order:
     """The order of samples: which make up the global batch of a step.
 
-    Every epoch shuffles each bucket, cuts it into batches of one bucket, and shuffles the batches; the remainder of a
-    bucket sits out that epoch.
+    Every epoch shuffles each bucket, cuts it into batches of one bucket, and shuffles the batches. What is left of a bucket
+    carries over: it opens the bucket's first batch of the next epoch. So each sample is seen once an epoch, but that fewer than
+    `batch_size` of a bucket are seen an epoch later. A batch holds a sample twice only where its bucket has fewer samples than
+    two batches.
     """
 
     def __init__(self, buckets: Buckets, batch_size: int, seed: int) -> None:
-        """Raise KoalaError where no bucket fills a batch."""
-        self._buckets = buckets
+        """Order the samples of `buckets`, of which none is empty."""
+        self._buckets = [numbers for _, numbers in sorted(buckets.items())]
         self._batch_size = batch_size
         self._seed = seed
-        self.batches_per_epoch = sum(len(numbers) // batch_size for numbers in buckets.values())
-        if not self.batches_per_epoch:
-            most = max(map(len, buckets.values()))
-            raise KoalaError(
-                f"the largest bucket holds {most} samples, fewer than distill.batch_size {batch_size}: "
-                "lower batch_size, or let more samples through"
-            )
-        self._epoch = -1
+        self._samples = sum(map(len, self._buckets))
+        self._first = 0
         self._batches: list[np.ndarray] = []
 
     def at(self, step: int) -> np.ndarray:
         """Return the sample indices of step `step` (from 0): batch_size of them."""
-        epoch, place = divmod(step, self.batches_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._batches = epoch, self._shuffle(epoch)
-        return self._batches[place]
+        if not self._first <= step < self._first + len(self._batches):
+            epoch = step * self._batch_size // self._samples
+            while self.steps(epoch + 1) <= step:
+                epoch += 1
+            self._first, self._batches = self.steps(epoch), self._shuffle(epoch)
+        return self._batches[step - self._first]
+
+    def steps(self, epochs: int) -> int:
+        """Return the steps of the first `epochs` epochs."""
+        return sum(epochs * len(numbers) // self._batch_size for numbers in self._buckets)
 
     def _shuffle(self, epoch: int) -> list[np.ndarray]:
-        random = np.random.default_rng((self._seed, _ORDER, epoch))
-        batches = []
-        for _, numbers in sorted(self._buckets.items()):
-            shuffled = random.permutation(numbers)
-            whole = len(shuffled) // self._batch_size * self._batch_size
-            batches += list(shuffled[:whole].reshape(-1, self._batch_size))
+        """Return the batches of an epoch.
+
+        The permutations of a bucket, one an epoch, make an endless stream. Its k-th batch is at k * batch_size, and belongs to
+        the epoch in which it ends.
+        """
+        random, drawn = self._draw(epoch)
+        size = self._batch_size
+        firsts = [epoch * len(numbers) // size * size for numbers in self._buckets]
+        carried = self._carried(firsts, epoch)
+        batches: list[np.ndarray] = []
+        for fresh, first, left in zip(drawn, firsts, carried, strict=True):
+            stop = (epoch + 1) * len(fresh) // size * size
+            if stop > first:
+                head = fresh[: stop - epoch * len(fresh)]
+                # A sample that was carried over comes late in this epoch, not twice in one batch.
+                again = np.isin(head, left)
+                batches += list(np.concatenate([left, head[~again], head[again]]).reshape(-1, size))
         return [batches[index] for index in random.permutation(len(batches))]
+
+    def _carried(self, firsts: Sequence[int], epoch: int) -> list[np.ndarray]:
+        """Return what each bucket carries over into an epoch: its stream from `firsts` on. Small buckets collect for several."""
+        carried = [numbers[:0] for numbers in self._buckets]
+        oldest = min(first // len(numbers) for first, numbers in zip(firsts, self._buckets, strict=True))
+        for earlier in range(oldest, epoch):
+            for place, fresh in enumerate(self._draw(earlier)[1]):
+                left = fresh[max(firsts[place] - earlier * len(fresh), 0) :]
+                carried[place] = np.concatenate([carried[place], left])
+        return carried
+
+    def _draw(self, epoch: int) -> tuple[np.random.Generator, list[np.ndarray]]:
+        """Return an epoch's permutation of each bucket, and the generator after them."""
+        random = np.random.default_rng((self._seed, _ORDER, epoch))
+        return random, [random.permutation(numbers) for numbers in self._buckets]
 
 
 class MicroBatches(Sampler[list[Place]]):

@@ -226,11 +226,10 @@ def assemble(
 def _say_what_starts(accelerator: Accelerator, job: Job, trained_on: data.Buckets, done: int) -> None:
     if done:
         say(f"distill: resuming from step {done}")
-    if unused := data.too_small(trained_on, job.config.batch_size):
-        names = ", ".join(f"{height}x{width} ({count})" for (height, width), count in unused.items())
+    if small := data.too_small(trained_on, job.config.batch_size):
+        names = ", ".join(f"{height}x{width} ({count})" for (height, width), count in small.items())
         say(
-            f"distill: {sum(unused.values())} of {sum(map(len, trained_on.values()))} samples never train: "
-            f"their buckets hold fewer than batch_size {job.config.batch_size}: {names}"
+            f"distill: buckets of fewer samples than batch_size {job.config.batch_size} repeat them in a batch: {names}"
         )
     _say_memory(job)
     shards = ", the student sharded over them" if sharding.requested() else ""

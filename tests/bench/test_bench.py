@@ -362,3 +362,23 @@ def test_a_list_has_its_share_of_copies_and_of_rows_out_of_bounds(tmp_path: Path
     data_worker.measure(str(write_list(tmp_path / name, 1_000)), str(tmp_path))
     stats = json.loads((tmp_path / "table/stats.json").read_text())
     assert stats == {"rows": 970, "dropped": {"duplicate_url": 20, "where.width": 10}}
+
+
+def test_reading_is_measured_beside_webdataset(tmp_path: Path) -> None:
+    """All readers give the same samples, each once: ours all whole batches, the peers the rest too."""
+    from koala.bench import read
+
+    read._prepare(tmp_path, 200)
+    for name, count in (("koala", 192), ("webdataset", 200)):
+        batches = list(read._READERS[name](tmp_path, 2))
+        captions = [caption for _, captions in batches for caption in captions]
+        assert len(captions) == len(set(captions)) == count
+        assert all(latents.shape[1:] == (4, 128, 128) and latents.dtype == torch.float16 for latents, _ in batches)
+    assert read._decode(tmp_path, 4, 1)["samples_per_second"] > 0
+
+
+def test_captions_are_not_loaded(tmp_path: Path) -> None:
+    """50 MB of them, and their order, in a few."""
+    from koala.bench import read
+
+    assert read._memory(tmp_path / "many", 100_000)["private_bytes"] < 20e6

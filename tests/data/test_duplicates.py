@@ -208,7 +208,7 @@ def test_a_shard_that_changed_or_vanished_after_it_was_judged_is_named(out: Path
     with pytest.raises(KoalaError, match=r"^images/00000.tar has changed"):
         write_kept(images, plan, NEAR, out)
     (images / "00000.tar").unlink()
-    with pytest.raises(KoalaError, match=r"^images/00000.tar is gone"):
+    with pytest.raises(KoalaError, match=r"^images/00000.tar is missing"):
         write_kept(images, plan, NEAR, out)
     assert not shards(out)
 

@@ -1,11 +1,19 @@
 """Images to latents: fitting to buckets, what is told of it, and going on after a kill."""
 
 import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -15,7 +23,7 @@ from koala.data import encode as stage
 from koala.data.config import EncodeConfig, EncodeMachine
 from koala.data.encode import fit, nearest_bucket
 from koala.data.latents import LatentSet
-from koala.data.shards import Sample, ShardWriter
+from koala.data.shards import Sample, ShardWriter, shards
 from koala.errors import KoalaError
 from koala.run import NoRun
 
@@ -36,25 +44,25 @@ def test_crop_is_where_it_says() -> None:
     """A picture whose columns are numbered by their brightness, cut at the place that the crop names."""
     ramp = Image.fromarray(np.tile(np.arange(48, dtype=np.uint8) * 5, (32, 1))).convert("RGB")
     for crop_kind in ("center", "random"):
-        crop, pixels = fit(ramp, "k1", EncodeConfig(buckets=((32, 32),), crop=crop_kind))
+        crop, image = fit(ramp, "k1", EncodeConfig(buckets=((32, 32),), crop=crop_kind))
         assert crop.top == 0
         assert 0 <= crop.left <= 16
-        torch.testing.assert_close((pixels[0, 0] + 1) * 127.5, torch.arange(crop.left, crop.left + 32) * 5.0)
+        assert np.array_equal(np.asarray(image)[0, :, 0], np.arange(crop.left, crop.left + 32) * 5)
     assert fit(ramp, "k1", EncodeConfig(buckets=((32, 32),)))[0].left == 8
 
 
 def test_flip_mirrors_and_the_crop_is_told_in_the_mirrored_image() -> None:
     ramp = Image.fromarray(np.tile(np.arange(48, dtype=np.uint8) * 5, (32, 1))).convert("RGB")
     config = EncodeConfig(buckets=((32, 32),), crop="random", flip_probability=1.0)
-    crop, pixels = fit(ramp, "k1", config)
+    crop, image = fit(ramp, "k1", config)
     assert crop.flipped
-    torch.testing.assert_close((pixels[0, 0] + 1) * 127.5, torch.arange(47 - crop.left, 15 - crop.left, -1) * 5.0)
+    assert np.array_equal(np.asarray(image)[0, :, 0], np.arange(47 - crop.left, 15 - crop.left, -1) * 5)
 
 
 def test_a_small_image_is_enlarged_to_cover_its_bucket() -> None:
-    crop, pixels = fit(Image.new("RGB", (20, 10), "red"), "k", EncodeConfig(buckets=BUCKETS))
+    crop, image = fit(Image.new("RGB", (20, 10), "red"), "k", EncodeConfig(buckets=BUCKETS))
     assert crop.bucket == (32, 64)
-    assert pixels.shape == (3, 32, 64)
+    assert image.size == (64, 32)
 
 
 @pytest.fixture(scope="module")
@@ -115,33 +123,81 @@ def test_encoded_samples_are_the_vaes_latents(kept: Path, teacher: Path, out: Pa
     assert recorder.logged["shards"] == 3
 
     # A second call on the finished folder.
-    before = {file.name: file.stat().st_mtime_ns for file in out.iterdir() if file.name != "stats.json"}
-    stats = (out / "stats.json").read_bytes()
+    before = {file.name: file.stat().st_mtime_ns for file in out.iterdir() if file.suffix != ".json"}
+    stats, listed = ((out / name).read_bytes() for name in ("stats.json", "manifest.json"))
     stage.encode(CONFIG, kept, teacher, out, NoRun())
-    assert {file.name: file.stat().st_mtime_ns for file in out.iterdir() if file.name != "stats.json"} == before
-    assert (out / "stats.json").read_bytes() == stats
+    assert {file.name: file.stat().st_mtime_ns for file in out.iterdir() if file.suffix != ".json"} == before
+    assert ((out / "stats.json").read_bytes(), (out / "manifest.json").read_bytes()) == (stats, listed)
 
 
 def test_finished_shards_are_not_encoded_again(
     kept: Path, teacher: Path, out: Path, recorder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that dies at its third shard leaves two; the next does only what is missing."""
-    done = []
-    whole = stage.encode_shard
+    made: list[str] = []
+    whole = stage.write_shard
 
-    def dies(file: Path, *rest) -> None:
-        if file.stem == "00002" and len(done) == 2:
-            done.append("died")
+    def dies(folder: Path, name: str, *rest: Any) -> None:
+        if name == "00002" and len(made) == 2:
+            made.append("died")
             raise KeyboardInterrupt
-        done.append(file.stem)
-        whole(file, *rest)
+        made.append(name)
+        whole(folder, name, *rest)
 
-    monkeypatch.setattr(stage, "encode_shard", dies)
+    monkeypatch.setattr(stage, "write_shard", dies)
     with pytest.raises(KeyboardInterrupt):
         stage.encode(CONFIG, kept, teacher, out, recorder)
     stage.encode(CONFIG, kept, teacher, out, recorder)
-    assert done == ["00000", "00001", "died", "00002"]
+    assert made == ["00000", "00001", "died", "00002"]
     assert len(LatentSet(out)) == 12
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("machine", [{"workers": 1}, {"workers": 3}, {"workers": 1, "processes": 2}])
+def test_the_bytes_do_not_depend_on_workers_and_processes(
+    kept: Path, teacher: Path, out: Path, machine: dict[str, int]
+) -> None:
+    config = CONFIG.model_copy(update={"flip_probability": 0.5})
+    for name in ("alone", "shared"):
+        Path(name).mkdir()
+    stage.encode(config, kept, teacher, Path("alone"), NoRun())
+    stage.encode(
+        config.model_copy(update={"machine": EncodeMachine(batch_size=3, **machine)}),
+        kept,
+        teacher,
+        Path("shared"),
+        NoRun(),
+    )
+    assert content(Path("alone")) == content(Path("shared"))
+
+
+def test_what_is_known_of_a_sample_travels_with_it(teacher: Path, out: Path) -> None:
+    with ShardWriter(Path("mine"), 10) as writer:
+        meta = {"url": "https://x/1.png", "sha256": "ab", "licence": "CC0", "aesthetic": 5.5, "original_width": "?"}
+        writer.write(Sample("1", png((32, 32), (1, 2, 3)), "png", "a", meta))
+        writer.write(Sample("2", png((32, 32), (1, 2, 3)), "png", "b", {"url": "https://\ud800"}))
+    stage.encode(CONFIG, Path("mine"), teacher, out, NoRun())
+    first, second = pq.read_table(out / "00000.parquet").to_pylist()
+    assert (first["url"], first["sha256"], first["caption"]) == ("https://x/1.png", "ab", "a")
+    assert json.loads(first["meta"]) == {"licence": "CC0", "aesthetic": 5.5, "original_width": "?"}
+    assert first["original_width"] == 32
+    assert (second["url"], second["sha256"]) == ("https://?", None)
+    assert "url" not in pa.ipc.open_file(out / "00000.arrow").schema.names
+
+
+def test_latents_of_images_that_were_made_anew_are_not_taken_for_finished(kept: Path, teacher: Path, out: Path) -> None:
+    shutil.copytree(kept, "images")
+    stage.encode(CONFIG, Path("images"), teacher, out, NoRun())
+    before = content(out)
+    with ShardWriter(Path("images"), shard_size=5) as writer:
+        for number in range(12):
+            writer.write(Sample(f"{number:09d}", png((32, 32), (1, 20 * number, 50)), "png", "another", {}))
+    with pytest.raises(KoalaError, match="out holds work of another recipe or on other inputs, which is not resumed"):
+        stage.encode(CONFIG, Path("images"), teacher, out, NoRun())
+    assert content(out) == before
 
 
 def test_a_bucket_that_the_vae_does_not_divide_is_refused(kept: Path, teacher: Path, out: Path) -> None:
@@ -182,12 +238,85 @@ def test_shards_without_samples_are_one_line(teacher: Path, out: Path) -> None:
         stage.encode(CONFIG, folder, teacher, out, NoRun())
 
 
-def test_an_image_that_is_none_is_named(teacher: Path, out: Path) -> None:
+BAD = {
+    "a page": (b"<html>", "no image"),
+    "nothing": (b"", "no image"),
+    "cut": (png((32, 32), (9, 9, 9))[:60], "cannot be decoded"),
+    "too large": (png((6000, 5000), (0, 0, 0)), "too many pixels"),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_is_one_counted_row(teacher: Path, out: Path, recorder: Any, workers: int, capsys: Any) -> None:
+    members = {f"{name}.png": content for name, (content, _) in BAD.items()}
+    members |= {"no json.png": png((32, 32), (0, 0, 0)), "no json.json": b"{", "good.png": png((32, 32), (0, 0, 0))}
+    folder = tar(Path("mine", "a.tar"), members)
+    config = CONFIG.model_copy(update={"machine": EncodeMachine(batch_size=3, workers=workers)})
+    stage.encode(config, folder, teacher, out, recorder)
+    rows = {row["key"]: row for row in pq.read_table(out / "a.parquet").to_pylist()}
+    wanted = {name: why for name, (_, why) in BAD.items()} | {
+        "no json": "its metadata are no JSON object",
+        "good": None,
+    }
+    assert {key: row["error"] for key, row in rows.items()} == wanted
+    assert len(LatentSet(out)) == recorder.logged["samples"] == 1
+    assert recorder.logged["failed"] == 5
+    assert json.loads((out / "stats.json").read_text())["errors"]["no image"] == 2
+    assert "encode: 5 images could not be encoded: no image (2)" in capsys.readouterr().err
+
+
+def test_where_no_image_can_be_encoded_the_stage_stops(teacher: Path, out: Path) -> None:
     folder = tar(Path("mine", "a.tar"), {"1.png": b"<html>"})
-    with pytest.raises(
-        KoalaError, match=r"^cannot decode the image 1 of mine/a\.tar \(UnidentifiedImageError\): filter"
-    ):
+    with pytest.raises(KoalaError, match=r"^none of the 1 images of mine could be encoded; most often: no image \(1\)"):
         stage.encode(CONFIG, folder, teacher, out, NoRun())
+
+
+def test_a_latent_that_is_not_finite_is_a_counted_row(kept: Path, out: Path) -> None:
+    def overflows(pixels: torch.Tensor) -> torch.Tensor:
+        latents = torch.zeros(len(pixels), 4, *(side // 4 for side in pixels.shape[1:3]))
+        latents[pixels[:, 0, 0, 0] == 40] = torch.inf
+        return latents
+
+    assert len(list(stage.encode_shards(shards(kept), out, overflows, CONFIG))) == 12
+    rows = [row for number in range(3) for row in pq.read_table(out / f"0000{number}.parquet").to_pylist()]
+    assert [row["key"] for row in rows if row["error"] == "the latent is not finite"] == ["000000002"]
+    data = LatentSet(out)
+    assert len(data) == 11
+    assert [data[index].latent.shape for index in range(11)].count((4, 8, 8)) == 7
+
+
+def test_a_worker_that_is_killed_is_one_line(
+    kept: Path, teacher: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "prepare", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    config = CONFIG.model_copy(update={"machine": EncodeMachine(workers=1)})
+    with pytest.raises(KoalaError, match=r"^a worker of encode was killed, .*: lower encode\.workers"):
+        stage.encode(config, kept, teacher, out, NoRun())
+
+
+def _encode(*arguments: Any) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    stage.encode(*arguments, NoRun())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_again_and_again_it_ends_with_the_same_bytes(kept: Path, teacher: Path, out: Path, workers: int) -> None:
+    """SIGKILL after each count of shards, and in between."""
+    config = CONFIG.model_copy(update={"machine": EncodeMachine(batch_size=3, workers=workers)})
+    context, random = multiprocessing.get_context("fork"), np.random.default_rng(0)
+    Path("whole").mkdir()
+    for folder, kills in ((out, (0, 0, 1, 2)), (Path("whole"), ())):
+        for finished in (*kills, None):
+            process = context.Process(target=_encode, args=(config, kept, teacher, folder))
+            process.start()
+            if finished is not None:
+                while process.is_alive() and len(list(out.glob("*.parquet"))) <= finished:
+                    time.sleep(0.001)
+                time.sleep(random.random() / 100)
+                process.kill()
+            process.join(60)
+        assert process.exitcode == 0
+    assert content(out) == content(Path("whole"))
 
 
 # The VAE.
@@ -205,3 +334,22 @@ def test_the_vae_is_loaded_in_its_own_type(
     vae.register_to_config(force_upcast=force_upcast)
     vae.to(getattr(torch, stored)).save_pretrained(tmp_path / "vae")
     assert stage.load_vae(tmp_path).dtype == getattr(torch, loaded)
+
+
+def test_the_type_in_which_the_vae_computes_can_be_chosen(teacher: Path, tmp_path: Path) -> None:
+    assert stage.load_vae(teacher, "bfloat16").dtype == torch.bfloat16
+    vae = stage.load_vae(teacher)
+    vae.register_to_config(force_upcast=True)
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(KoalaError, match=r"encode\.vae_dtype: this VAE overflows in float16"):
+        stage.load_vae(tmp_path, "float16")
+
+
+def test_only_large_buckets_are_encoded_in_tiles(teacher: Path) -> None:
+    vae, pixels = stage.load_vae(teacher), torch.randint(256, (1, 64, 64, 3), dtype=torch.uint8)
+    small, large = (stage.encoder(vae, CONFIG.model_copy(update={"tile_above": above})) for above in (4096, 4095))
+    whole = stage.encoder(vae, CONFIG)(pixels)
+    assert torch.equal(small(pixels), whole)
+    tiled = large(pixels)
+    assert tiled.shape == whole.shape
+    assert not torch.equal(tiled, whole)

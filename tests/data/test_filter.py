@@ -228,7 +228,7 @@ def test_the_stage_keeps_counts_and_shows(out: Path, recorder: Any) -> None:
     for name in ("report.json", "report.html", "funnel.png", "dropped.png"):
         assert name in recorder.files
     assert Image.open(out / "plots" / "kept.png").width > 300
-    assert {file.name for file in out.iterdir()} == {"00000.tar", "00001.tar", "verdicts", *REPORT}, (
+    assert {file.name for file in out.iterdir()} == {"00000.tar", "00001.tar", "verdicts", "manifest.json", *REPORT}, (
         "work in progress is left behind"
     )
 

@@ -5,28 +5,81 @@ import pytest
 import torch
 
 from koala.data.latents import LatentSet
-from koala.distill.data import MicroBatches, Order, TrainingSet, too_small
+from koala.distill.data import Buckets, MicroBatches, Order, TrainingSet, too_small
 from koala.distill.launch_settings import micro_batch
 from koala.errors import KoalaError
 
 BUCKETS = {(32, 32): np.arange(29), (32, 64): np.arange(29, 37)}
 
 
-def test_a_batch_is_of_one_bucket_and_an_epoch_shows_no_sample_twice() -> None:
-    order = Order(BUCKETS, batch_size=4, seed=0)
-    assert order.batches_per_epoch == 29 // 4 + 8 // 4
-    epoch = [order.at(step) for step in range(order.batches_per_epoch)]
-    assert all((batch < 29).all() or (batch >= 29).all() for batch in epoch)
-    seen = np.concatenate(epoch)
-    assert len(np.unique(seen)) == len(seen)
-    again = np.concatenate([order.at(step + order.batches_per_epoch) for step in range(order.batches_per_epoch)])
-    assert not np.array_equal(seen, again)
+SIZES = {
+    "one that divides": [32],
+    "one": [29],
+    "two": [29, 8],
+    "smaller than a batch": [100, 3, 1, 7],
+    "all smaller than a batch": [3, 2],
+    "just more than a batch": [9, 11, 15],
+    "many": [3, 64, 17, 5, 40, 8, 23, 1, 31],
+}
+
+
+def of_sizes(sizes: list[int]) -> Buckets:
+    starts = np.cumsum([0, *sizes])
+    return {(32, 32 + place): np.arange(starts[place], starts[place + 1]) for place in range(len(sizes))}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_each_sample_is_seen_once_an_epoch(sizes: list[int]) -> None:
+    """After every epoch each bucket lacks fewer samples than a batch, and those open its next one."""
+    buckets, batch = of_sizes(sizes), 8
+    order = Order(buckets, batch, seed=3)
+    seen = np.zeros(sum(sizes), dtype=int)
+    for epoch in range(2 * batch):
+        for step in range(order.steps(epoch), order.steps(epoch + 1)):
+            found = order.at(step)
+            assert len(found) == batch
+            assert sum(np.isin(found, numbers).all() for numbers in buckets.values()) == 1
+            np.add.at(seen, found, 1)
+        for numbers in buckets.values():
+            lacking = epoch + 1 - seen[numbers]
+            assert lacking.min() >= 0
+            assert lacking.sum() == (epoch + 1) * len(numbers) % batch
+    assert (seen == 2 * batch).all()
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_a_batch_repeats_a_sample_only_in_a_bucket_of_fewer_than_two_batches(sizes: list[int]) -> None:
+    order, batch = Order(of_sizes(sizes), 8, 3), 8
+    small = [numbers for numbers in of_sizes(sizes).values() if len(numbers) < 2 * batch]
+    for step in range(order.steps(30)):
+        found = order.at(step)
+        if not any(found[0] in numbers for numbers in small):
+            assert len(np.unique(found)) == batch
+        assert np.bincount(found).max() <= -(-batch // min(sizes)) + 1
+
+
+def test_epochs_differ() -> None:
+    order = Order(of_sizes([32]), 8, 0)
+    first, second = (np.concatenate([order.at(step) for step in range(start, start + 4)]) for start in (0, 4))
+    assert sorted(first) == sorted(second) == list(range(32))
+    assert not np.array_equal(first, second)
+
+
+def test_buckets_take_turns() -> None:
+    """A bucket's batches are spread over an epoch, and its share of them is its share of the samples."""
+    order = Order(of_sizes([600, 200]), 8, 0)
+    small = [step for step in range(order.steps(1)) if order.at(step)[0] >= 600]
+    assert len(small) == 25
+    assert max(np.diff(small)) < 20
 
 
 def test_order_can_be_entered_anywhere() -> None:
-    whole, late = Order(BUCKETS, 4, 0), Order(BUCKETS, 4, 0)
-    steps = [whole.at(step).tolist() for step in range(25)]
-    assert [late.at(step).tolist() for step in range(13, 25)] == steps[13:]
+    for sizes in SIZES.values():
+        whole = Order(of_sizes(sizes), 8, 0)
+        steps = [whole.at(step).tolist() for step in range(60)]
+        for start in (1, 13, 42):
+            late = Order(of_sizes(sizes), 8, 0)
+            assert [late.at(step).tolist() for step in range(start, 60)] == steps[start:]
 
 
 def test_processes_share_the_global_batch() -> None:
@@ -64,12 +117,7 @@ def test_timesteps_that_the_teacher_does_not_have_are_refused(artifacts, recipe)
         TrainingSet(LatentSet(artifacts.latents), recipe(timesteps=(499, 1000)), 1000)
 
 
-def test_a_batch_that_no_bucket_fills_is_refused() -> None:
-    with pytest.raises(KoalaError, match=r"fewer than distill\.batch_size 64"):
-        Order(BUCKETS, 64, 0)
-
-
-def test_buckets_that_never_fill_a_batch_are_named() -> None:
+def test_buckets_that_fill_no_batch_are_named() -> None:
     assert too_small(BUCKETS, 9) == {(32, 64): 8}
     assert too_small(BUCKETS, 8) == {}
 

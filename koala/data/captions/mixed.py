@@ -28,9 +28,10 @@ def align(captions: Path, latents: Path, file: Path) -> bool:
         return True
     partial = file.with_suffix(".partial")
     with pa.ipc.new_file(partial, _SCHEMA) as writer:
-        for shard in sorted(latents.glob("*.parquet")):
-            keys = pq.read_table(shard, columns=["key"])["key"].combine_chunks()
-            found = captions / shard.name
+        for shard in sorted(latents.glob("*.arrow")):  # as LatentSet counts its samples
+            with pa.memory_map(str(shard)) as source:
+                keys = pa.ipc.open_file(source).read_all()["key"].combine_chunks()
+            found = captions / f"{shard.stem}.parquet"
             new = pq.read_table(found, columns=["key", "caption"]) if found.is_file() else _SCHEMA.empty_table()
             column = pa.nulls(len(keys), pa.string())
             if len(new):
