@@ -132,7 +132,7 @@ def test_a_killed_download_goes_on_and_every_fault_has_its_outcome(out: Path, re
     assert (out / "00000.tar").stat().st_mtime_ns == finished.st_mtime_ns, "a finished shard was fetched again"
     assert not mine(os.getcwd())
     files = {f"0000{shard}{end}" for shard in (0, 1) for end in (".tar", ".parquet", "_stats.json")}
-    files |= {"stats.json", "outcomes.png", "provenance.json"}
+    files |= {"stats.json", "manifest.json", "outcomes.png", "provenance.json"}
     assert {file.name for file in out.iterdir()} == files, "work in progress is left behind"
 
     rows = {
