@@ -28,7 +28,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 SLOW = (
     "bench/test_bench.py",
     "data/test_download.py",
-    "data/test_processes.py",
+    "data/test_executor.py",
     "data/test_duplicates.py",
     "data/test_encode.py",
     "distill/test_held_out.py",

@@ -1,4 +1,4 @@
-"""Work for tests of koala.data.processes: it must stand where another process can import it."""
+"""Work for tests of koala.data.executor: it must stand where another process can import it."""
 
 import os
 import signal
@@ -7,13 +7,17 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from koala.data.processes import share
+from koala.data.executor import share
 from koala.errors import KoalaError
 
 
 def doubled(items: Sequence[int], rank: int) -> Iterator[int]:
     for item in items:
         yield item * 2
+
+
+def double(item: int) -> int:
+    return item * 2
 
 
 def places(items: Sequence[int], rank: int) -> Iterator[tuple[int, int, int]]:
@@ -48,4 +52,5 @@ def sleeps(items: Sequence[Path], rank: int) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    list(share(sleeps, [Path(sys.argv[1], name) for name in "ab"], 2))
+    with share(sleeps, [Path(sys.argv[1], name) for name in "ab"], 2) as results:
+        list(results)

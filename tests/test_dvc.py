@@ -56,7 +56,6 @@ HOUSEKEEPING = {
     "koala/data/ahead.py",
     "koala/data/executor.py",
     "koala/data/filter_report.py",
-    "koala/data/processes.py",
     "koala/data/scores/base.py",
     "koala/data/scores/known.py",
     "koala/data/tally.py",

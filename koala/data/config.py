@@ -9,6 +9,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from koala.config import Config
 from koala.data.decode import DecodeConfig
+from koala.data.executor import SharedWork
 from koala.data.fetch import FetchConfig
 from koala.data.forget import Forgotten
 from koala.data.rules.base import Rule
@@ -99,7 +100,7 @@ class DownloadConfig(Config):
         return {name: value for name, value in self.recipe().items() if name != "sidecar"}
 
 
-class FilterMachine(Config):
+class FilterMachine(SharedWork):
     """Settings of the filter that change only its speed and memory."""
 
     processes: int = Field(default=1, gt=0)
@@ -136,7 +137,7 @@ class FilterConfig(Config):
     """Settings that change only speed and memory."""
 
 
-class EncodeMachine(Config):
+class EncodeMachine(SharedWork):
     """Settings of encoding that change only its speed and memory."""
 
     batch_size: int = Field(default=8, gt=0)

@@ -9,13 +9,11 @@ Where there are several GPUs, a process for each encodes its share of the shards
 
 import io
 import json
-import multiprocessing
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from koala.console import progress, say
 from koala.data import manifest
 from koala.data.config import EncodeConfig
 from koala.data.decode import DecodeConfig, UnusableError, normalised
+from koala.data.executor import share, use_gpu
 from koala.data.latents import write_shard
 from koala.data.shards import Place, Sample, index, shards
 from koala.errors import KoalaError
@@ -84,7 +83,9 @@ def encode(config: EncodeConfig, kept: Path, teacher: Path, out: Path, run: Run)
     _check_buckets(config, teacher)
     pending = [file for file in files if not (out / f"{file.stem}.parquet").is_file()]
     done = sum(pq.read_metadata(out / f"{file.stem}.parquet").num_rows for file in files if file not in pending)
-    with closing(_encode_all(pending, out, teacher, config)) as encoded:
+    machine = config.machine
+    processes = machine.processes or max(torch.cuda.device_count(), 1)
+    with share(partial(_encode_share, out, teacher, config), pending, processes, machine.engine) as encoded:
         for _ in progress(encoded, "encode", total=done + _count(pending), done=done, unit="images"):
             pass
 
@@ -134,7 +135,7 @@ def _summarise(out: Path, tables: Sequence[Path]) -> dict[str, Any]:
 # The VAE.
 
 
-def load_vae(teacher: Path, dtype: str | None = None, device: str | None = None) -> AutoencoderKL:
+def load_vae(teacher: Path, dtype: str | None = None) -> AutoencoderKL:
     """Load the VAE of a pipeline folder, on the GPU if there is one.
 
     Its type, where none is given, is that of its weights; float32 for a VAE in float16 that overflows there (`force_upcast`
@@ -157,7 +158,7 @@ def load_vae(teacher: Path, dtype: str | None = None, device: str | None = None)
                 "encode.vae_dtype: this VAE overflows in float16 (force_upcast): take bfloat16, or a VAE that is safe in float16"
             )
         vae = vae.float()
-    return vae.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return vae.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _stored_type(folder: Path) -> torch.dtype:
@@ -185,71 +186,10 @@ def encoder(vae: AutoencoderKL, config: EncodeConfig) -> Encoder:
     return run
 
 
-# A process for each GPU.
-
-
-def _encode_all(files: Sequence[Path], out: Path, teacher: Path, config: EncodeConfig) -> Generator[None, None, None]:
-    """Encode shards, in several processes where there are several GPUs. Yield once for each sample."""
-    wanted = config.machine.processes or max(torch.cuda.device_count(), 1)
-    processes = min(wanted, len(files))
-    if processes > 1:
-        yield from _encode_by_processes(files, out, teacher, config, processes)
-    elif files:
-        yield from encode_shards(files, out, encoder(load_vae(teacher, config.vae_dtype), config), config)
-
-
-def _encode_by_processes(
-    files: Sequence[Path], out: Path, teacher: Path, config: EncodeConfig, processes: int
-) -> Iterator[None]:
-    context = multiprocessing.get_context("spawn")
-    workers = {}
-    for number in range(processes):
-        ours, theirs = context.Pipe(duplex=False)
-        share = files[number::processes]
-        workers[ours] = context.Process(target=_encode_share, args=(theirs, number, share, out, teacher, config))
-        workers[ours].start()
-        theirs.close()
-    waiting = list(workers)
-    try:
-        while waiting:
-            for told in wait(waiting):
-                assert isinstance(told, Connection)
-                try:
-                    complaint = told.recv()
-                except EOFError:
-                    waiting.remove(told)
-                    workers[told].join()
-                    if status := workers[told].exitcode:
-                        raise KoalaError(
-                            f"a process that encodes ended with status {status} (out of memory?): lower "
-                            "encode.batch_size of the machine; finished shards are kept"
-                        ) from None
-                    continue
-                if complaint:
-                    raise KoalaError(complaint)
-                yield
-    finally:
-        for process in workers.values():
-            process.terminate()
-            process.join()
-
-
-def _encode_share(
-    tell: Connection, number: int, files: Sequence[Path], out: Path, teacher: Path, config: EncodeConfig
-) -> None:
-    """Encode some shards on a GPU of this process's own. Sends None for each sample, or what the user must fix.
-
-    Where the main process dies, sending fails, and this one ends too.
-    """
-    cuda = torch.cuda.is_available()
-    device = f"cuda:{number % torch.cuda.device_count()}" if cuda else "cpu"
-    if cuda:
-        torch.cuda.set_device(device)
-    try:
-        for _ in encode_shards(files, out, encoder(load_vae(teacher, config.vae_dtype, device), config), config):
-            tell.send(None)
-    except KoalaError as error:
-        tell.send(str(error))
+def _encode_share(out: Path, teacher: Path, config: EncodeConfig, files: Sequence[Path], rank: int) -> Iterator[None]:
+    """Encode shards with a VAE of this process's own, on the GPU of its rank. Yield once for each sample."""
+    use_gpu(rank)
+    yield from encode_shards(files, out, encoder(load_vae(teacher, config.vae_dtype), config), config)
 
 
 # One process: decode workers, then the encoder.

@@ -82,9 +82,9 @@ def write_kept(images: Path, plan: Plan, config: FilterConfig, out: Path) -> Non
         for name, sources in plan.items()
     ]
     pending = [job for job in jobs if not job.output.is_file()]
-    written = each(_write_shard, pending, config.machine.processes)
-    for _ in progress(written, "filter: shards written", total=len(jobs), done=len(jobs) - len(pending)):
-        pass
+    with each(_write_shard, pending, config.machine.processes, config.machine.engine) as written:
+        for _ in progress(written, "filter: shards written", total=len(jobs), done=len(jobs) - len(pending)):
+            pass
 
 
 def _write_shard(job: _Job) -> None:

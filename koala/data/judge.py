@@ -97,9 +97,9 @@ def judge_shards(inputs: Sequence[Path], config: FilterConfig, folder: Path, sco
             if file and not file.is_file():
                 raise KoalaError(f"{file} is gone: make its folder again")
     pending = [job for job in jobs if not job.finished()]
-    done = each(_judge_shard, pending, config.machine.processes)
-    for _ in progress(done, "filter: shards judged", total=len(jobs), done=len(jobs) - len(pending)):
-        pass
+    with each(_judge_shard, pending, config.machine.processes, config.machine.engine) as finished:
+        for _ in progress(finished, "filter: shards judged", total=len(jobs), done=len(jobs) - len(pending)):
+            pass
     return [job.output for job in jobs]
 
 

@@ -21,8 +21,8 @@ from koala.console import progress
 from koala.data import manifest
 from koala.data.ahead import batches_ahead
 from koala.data.captions.config import RecaptionConfig
+from koala.data.executor import share, use_gpu
 from koala.data.picture import open_picture
-from koala.data.processes import share, use_gpu
 from koala.data.shards import Sample, read_shard, shards
 from koala.errors import KoalaError
 from koala.run import Run
@@ -48,9 +48,10 @@ def recaption(config: RecaptionConfig, kept: Path, out: Path, run: Run) -> None:
             raise KoalaError(f"{kept} holds no shards (.tar): run `dvc repro filter` again")
         manifest.check(kept)
         pending = [file for file in files if not (out / f"{file.stem}.parquet").is_file()]
-        work = share(partial(_caption_shards, config, out), pending, config.machine.processes)
-        for _ in progress(work, "recaption: shards", total=len(files), done=len(files) - len(pending)):
-            pass
+        work, machine = partial(_caption_shards, config, out), config.machine
+        with share(work, pending, machine.processes, machine.engine) as finished:
+            for _ in progress(finished, "recaption: shards", total=len(files), done=len(files) - len(pending)):
+                pass
         stats = _summary([out / f"{file.stem}.parquet" for file in files])
     (out / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
     run.metrics(stats)

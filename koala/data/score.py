@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from koala.console import progress, say
 from koala.data import manifest
-from koala.data.processes import share, use_gpu
+from koala.data.executor import share, use_gpu
 from koala.data.scores.config import ScoreConfig
 from koala.data.scores.known import Known
 from koala.data.shards import read_shard, shards
@@ -45,9 +45,10 @@ def score(config: ScoreConfig, images: Path, out: Path, run: Run) -> None:
             raise KoalaError(f"{images} holds no shards (.tar): run `dvc repro download` again")
         manifest.check(images)
         pending = [file for file in files if not (out / f"{file.stem}.parquet").is_file()]
-        work = share(partial(_score_shards, config, out), pending, config.machine.processes)
-        for _ in progress(work, "score: shards", total=len(files), done=len(files) - len(pending)):
-            pass
+        work, machine = partial(_score_shards, config, out), config.machine
+        with share(work, pending, machine.processes, machine.engine) as finished:
+            for _ in progress(finished, "score: shards", total=len(files), done=len(files) - len(pending)):
+                pass
         stats = _summary([out / f"{file.stem}.parquet" for file in files], config, out)
     (out / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
     run.metrics({name: stats[name] for name in ("samples", "undecodable")})

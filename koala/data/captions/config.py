@@ -5,9 +5,10 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from koala.config import Config
+from koala.data.executor import SharedWork
 
 
-class RecaptionMachine(Config):
+class RecaptionMachine(SharedWork):
     """Settings of recaptioning that change only its speed and memory."""
 
     batch_size: int = Field(default=8, gt=0)

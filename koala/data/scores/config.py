@@ -6,6 +6,7 @@ from typing import Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from koala.config import Config
+from koala.data.executor import SharedWork
 from koala.data.scores.base import EmbeddingScorer, Scorer
 
 
@@ -18,7 +19,7 @@ class Embedder(Config):
     """The Hub commit. Pin it."""
 
 
-class ScoreMachine(Config):
+class ScoreMachine(SharedWork):
     """Settings of scoring that change only its speed and memory."""
 
     batch_size: int = Field(default=32, gt=0)
