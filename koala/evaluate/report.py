@@ -11,7 +11,7 @@ from koala.evaluate.config import SHARE, EvaluateConfig
 from koala.evaluate.images import image_file
 from koala.evaluate.prompts import Prompt
 from koala.evaluate.statistics import Estimate
-from koala.evaluate.values import SAMPLES
+from koala.evaluate.values import SAMPLES, SAMPLES_OF_TEACHER
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,9 +61,10 @@ def write(
     columns_of_grid = {LABELS[model]: [series[number] for number in chosen] for model, series in images.items()}
     grid([prompts[number].text for number in chosen], columns_of_grid).save(plots / "grid.png")
     shutil.rmtree(out / SAMPLES, ignore_errors=True)
-    (out / SAMPLES).mkdir()
+    (out / SAMPLES_OF_TEACHER).mkdir(parents=True)
     for number in chosen:
         images["after"][number].save(image_file(out / SAMPLES, number))
+        images["teacher"][number].save(image_file(out / SAMPLES_OF_TEACHER, number))
     labelled = {label(model, student): values for model, values in measured.items()}
     for metric in config.metrics:
         for name, figure in metric.plots(labelled).items():

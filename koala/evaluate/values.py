@@ -11,6 +11,8 @@ from koala.evaluate.prompts import Prompt
 FILE = "values.parquet"
 SAMPLES = "samples"
 """Folder of the student's images that the grid shows. A file's name is the number of its row in the table: `000012.png`."""
+SAMPLES_OF_TEACHER = f"{SAMPLES}/teacher"
+"""Folder of its teacher's images of the same prompts and seeds."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Nothing is generated again: both were evaluated on the same prompts and seeds, o
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from koala.errors import KoalaError
 from koala.evaluate.statistics import STUDENT, share
 from koala.evaluate.values import FILE as VALUES
-from koala.evaluate.values import SAMPLES, Values
+from koala.evaluate.values import SAMPLES, SAMPLES_OF_TEACHER, Values
 from koala.publish.config import PublishConfig
 from koala.publish.gate import Comparison, Verdict, judge
 from koala.publish.targets.base import Shelf
@@ -50,7 +50,7 @@ class Champion:
         return Comparison({name: share(prompts, one[name], other[name]) for name in one if name in other})
 
     def beside(self, evaluation: Path, student: str) -> "Image | None":
-        """Lay out the champion's images beside the student's of `evaluation`; None where it has none of these prompts."""
+        """Lay out teacher's, champion's and student's images of `evaluation`; None where the champion has none of them."""
         from PIL import Image
 
         from koala.plots import grid
@@ -62,13 +62,26 @@ class Champion:
             return None
         prompts = Values.read(evaluation / VALUES, str(evaluation / VALUES)).prompts
         texts = [prompts[int(file.stem)].text for file in files]
-        return grid(texts, {self.place: images, student: [Image.open(file).convert("RGB") for file in files]})
+        columns = {
+            "teacher": _opened(evaluation / SAMPLES_OF_TEACHER / file.name for file in files),
+            self.place: images,
+            student: _opened(files),
+        }
+        return grid(texts, {name: column for name, column in columns.items() if column})
 
     def _read(self, file: str) -> bytes:
         content = self.shelf.read(self.version, file)
         if content is None:
             raise KoalaError(f"{self.place} holds no {file}")
         return content
+
+
+def _opened(files: Iterable[Path]) -> "list[Image]":
+    """Return images from files; none where one is missing, as of an evaluation that kept no images of the teacher."""
+    from PIL import Image
+
+    there = list(files)
+    return [Image.open(file).convert("RGB") for file in there] if all(file.is_file() for file in there) else []
 
 
 def champion(config: PublishConfig, student: str) -> Champion | None:

@@ -44,6 +44,7 @@ def judge_version(config: PublishConfig, student: str, version: str, out: Path) 
             raise KoalaError(
                 f"{student} {version} holds no {name}: it was released before evaluations travelled with it"
             )
+        (evaluation / name).parent.mkdir(exist_ok=True)
         (evaluation / name).write_bytes(content)
     latest = shelf.latest()
     champion = Champion(f"{student} {latest}", latest, shelf) if latest and latest != version else None

@@ -11,7 +11,7 @@ from koala.console import say
 from koala.errors import KoalaError
 from koala.evaluate.values import FILE as VALUES
 from koala.evaluate.values import SAMPLES
-from koala.publish import approvals, card
+from koala.publish import approvals, card, gate_page
 from koala.publish.champion import champion, verdicts_on
 from koala.publish.config import PublishConfig
 from koala.publish.gate import Verdict
@@ -40,7 +40,7 @@ def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path,
         distilled: The student's pipeline; the release is called as this folder.
         evaluation: Its evaluation.
         out: Where the release goes; what an interrupted call left there is replaced.
-        run: Receives the verdicts, the card and the receipt; of a student that is refused, the verdicts and a receipt. The
+        run: Receives the gate's page, the card and the receipt; of a student that is refused, the page and a receipt. The
             release is registered as `challenger`, and as `champion` once all targets have it.
 
     Raises:
@@ -65,8 +65,12 @@ def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path,
         "targets": [],
     }
     _log(run, verdicts)
-    if standing and (images := standing.beside(evaluation, name)):
+    images = standing.beside(evaluation, name) if standing else None
+    if images:
         run.image(images, "champion", 0)
+    with tempfile.TemporaryDirectory() as folder:  # not in the release, which is the same whatever it is compared with
+        gate_page.write(Path(folder, gate_page.FILE), name, verdicts, evaluation, standing, images)
+        run.artifact(Path(folder, gate_page.FILE))
     if failed and not approval:
         _log_refusal(run, receipt)
         missed = "; ".join(map(str, failed))

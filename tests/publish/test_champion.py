@@ -14,7 +14,7 @@ from PIL import Image
 from koala.errors import KoalaError
 from koala.evaluate.prompts import Prompt
 from koala.evaluate.values import Values
-from koala.publish import approvals
+from koala.publish import approvals, gate_page
 from koala.publish.champion import champion, verdicts_on
 from koala.publish.config import PublishConfig
 from koala.publish.gate import Requirement
@@ -141,8 +141,33 @@ def test_both_are_shown_side_by_side(config, evaluation, tmp_path) -> None:
     image = standing.beside(challenger, NAME)
     colours = {colour for _, colour in image.getcolors(image.width * image.height)}
     assert {(255, 40, 0), (255, 200, 0)} <= colours
+    (challenger / "samples" / "teacher").mkdir()
+    for file in (challenger / "samples").glob("*.png"):
+        Image.new("RGB", (8, 8), (0, 0, 250)).save(challenger / "samples" / "teacher" / file.name)
+    wider = standing.beside(challenger, NAME)
+    assert wider.width > image.width
+    assert (0, 0, 250) in {colour for _, colour in wider.getcolors(wider.width * wider.height)}
     (challenger / "samples" / "000003.png").rename(challenger / "samples" / "000005.png")
     assert standing.beside(challenger, NAME) is None
+
+
+def test_the_gates_page_shows_each_rule_and_all_three(config, evaluation, tmp_path) -> None:
+    release(config, evaluation(0.5, wrong=40), tmp_path)
+    challenger = evaluation(0.3, wrong=200)
+    standing = champion(config, NAME)
+    images = standing.beside(challenger, NAME)
+    file = tmp_path / "gate.html"
+    gate_page.write(file, "<b>odd</b>", verdicts_on(challenger, config, standing), challenger, standing, images)
+    text = file.read_text()
+    assert "&lt;b&gt;odd&lt;/b&gt; at the gate" in text
+    assert "<b>odd" not in text
+    assert "does not meet every rule" in text
+    assert "good of champion at least 1" in text
+    assert f"<th>{NAME} v1 (target folder)</th>" in text
+    assert text.count("data:image/png;base64,") == 1
+    gate_page.write(file, NAME, [], challenger, None, None)
+    assert "meets every rule" in file.read_text()
+    assert "data:image" not in file.read_text()
 
 
 def test_a_person_overrules_the_gate_by_name_for_one_evaluation(

@@ -106,7 +106,7 @@ def test_a_release_generates_what_the_student_generated(folders, tmp_path, recor
     kinds = {path.suffix for path in release.rglob("*") if path.is_file()}
     assert kinds <= {".json", ".txt", ".md", ".html", ".png", ".parquet", ".safetensors"}
     assert recorder.tagged["released"] == "yes"
-    assert set(recorder.files) == {"receipt.json", "README.md"}
+    assert set(recorder.files) == {"gate.html", "receipt.json", "README.md"}
 
 
 def test_a_release_loads_as_one_dtype_whoever_asks_for_none(folders, tmp_path) -> None:
@@ -273,7 +273,13 @@ def test_a_student_that_misses_a_rule_is_not_released_and_every_verdict_is_kept(
     config = PublishConfig(license="apache-2.0", require=rules, targets=(FolderTarget(path=tmp_path / "shared"),))
     receipts = []
     plain = recorder.artifact
-    recorder.artifact = lambda path, folder=None: (receipts.append(json.loads(path.read_text())), plain(path, folder))
+
+    def artifact(path: Path, folder: str | None = None) -> None:
+        if path.suffix == ".json":
+            receipts.append(json.loads(path.read_text()))
+        plain(path, folder)
+
+    recorder.artifact = artifact
     with pytest.raises(KoalaError) as error:
         publish(config, **folders, out=tmp_path / "release", run=recorder)
     assert str(error.value) == (
@@ -292,7 +298,7 @@ def test_a_student_that_misses_a_rule_is_not_released_and_every_verdict_is_kept(
     }
     assert recorder.logged["gate/share_of_teacher/attributes/all"] == 0.911
     assert recorder.logged["gate/speed_up"] == 2.3
-    assert recorder.files == ["receipt.json"]
+    assert recorder.files == ["gate.html", "receipt.json"]
     assert receipts[0]["released"] is False
     assert [rule["passed"] for rule in receipts[0]["rules"]] == [False, True, False]
 
