@@ -235,6 +235,7 @@ assert json.loads(Path("release/receipt.json").read_text())["targets"] == [{"kin
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TOYS)
 def test_7_a_new_kind_is_one_file_and_one_line_of_a_union(kind: str, tmp_path: Path, tiny_teacher: Path) -> None:
     """params.yaml names it, its stage applies it, and the schema has it. (The line of the union has its import.)"""

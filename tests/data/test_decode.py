@@ -180,6 +180,7 @@ def test_what_cannot_be_used_says_why(content: bytes, cause: str) -> None:
         seen(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["alpha", "profile"])
 def test_the_largest_image_keeps_a_process_below_a_gigabyte(kind: str, tmp_path) -> None:
     """As many values as are let through, in the forms that take the most copies, resized as img2dataset does."""

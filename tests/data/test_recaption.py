@@ -230,6 +230,7 @@ def test_what_is_finished_is_not_captioned_again(out: Path, kept: Path, recipe, 
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(out: Path, kept: Path, recipe) -> None:
     recaption(recipe(machine={"processes": 2}), kept, out, NoRun())
     Path("one").mkdir()
@@ -237,7 +238,10 @@ def test_two_processes_give_what_one_gives(out: Path, kept: Path, recipe) -> Non
     assert rows(out) == rows(Path("one"))
 
 
-def test_a_model_that_cannot_be_had_is_one_line(out: Path, kept: Path, tiny_clip: Path) -> None:
+def test_a_model_that_cannot_be_had_is_one_line(
+    out: Path, kept: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = "cannot load .* as a AutoModelForImageTextToText for recaption.model"
     for folder in (str(tiny_clip), "nowhere"):
         with pytest.raises(KoalaError, match=line):
