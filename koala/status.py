@@ -17,6 +17,7 @@ from urllib.request import Request, urlopen
 
 from koala import params as parameters
 from koala.console import show, text_table
+from koala.data.tables import TableSource
 from koala.params import Params
 
 SECONDS = 20.0
@@ -108,7 +109,14 @@ def champions(loaded: Params) -> dict[str, str]:
 
 def data(loaded: Params) -> dict[str, Any]:
     """Return where the profile's data comes from, and at which pin."""
-    return loaded.recipe.source.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    source = loaded.source
+    made = {"kind": source.kind, "location": source.location}
+    if not isinstance(source, TableSource):
+        return {**made, "rows": source.rows, "pin": "made by the project: none needed"}
+    if source.pin is None:
+        return {**made, "rows": source.rows, "pin": "none: `koala data update` pins it"}
+    content = f"commit {source.pin.commit}" if source.pin.commit else f"{len(source.pin.files)} files"
+    return {**made, "rows": source.pin.rows, "pin": f"{content} (pin {source.pin.digest})"}
 
 
 def to_compute(seconds: float) -> list[str]:
@@ -125,7 +133,7 @@ def _screen(where: Mapping[str, str], found: Mapping[str, Any]) -> str:
     parts: dict[str, Callable[[], str]] = {
         "Runs and what waits": lambda: _table(runs),
         "Champions": lambda: "\n".join(f"{student}  {version}" for student, version in champion.items()),
-        "Data": lambda: "\n".join(f"{name}: {value}" for name, value in {"kind": source.get("kind"), **source}.items()),
+        "Data": lambda: "\n".join(f"{name}: {value}" for name, value in source.items() if value is not None),
         "dvc repro would compute": lambda: "\n".join(stages) or "nothing: all is up to date",
     }
     lines = [f"profile {where['profile']}, machine {where['machine']}"]

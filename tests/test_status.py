@@ -5,7 +5,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -87,6 +87,8 @@ def test_all_parts_on_one_screen_and_as_json(project: Path, capsys: pytest.Captu
     ]
     assert found["champions"] == {"koala-1b": "none", "koala-700m": "v1 (target folder)"}
     assert found["data"]["rows"] == 120
+    assert found["data"]["kind"] == "shapes"
+    assert found["data"]["pin"] == "made by the project: none needed"
     assert {"source", "publish@koala-1b"} <= set(found["to compute"])
     path, login, body = Prefect.asked[-1]
     assert (path, login) == ("/api/flow_runs/filter", "Basic a29hbGE6d29yZA==")
@@ -114,3 +116,32 @@ def test_a_server_that_is_down_or_silent_is_a_line(
         assert time.monotonic() - start < 10
     assert found["runs"] == {"error": "no answer in 1 s"}
     assert found["champions"]["koala-700m"] == "v1 (target folder)"
+
+
+def test_the_data_is_shown_at_its_pin(edited: Callable[[dict | None], dict]) -> None:
+    pin = {"location": "s3://bucket/list.parquet", "files": {"list.parquet": "etag"}, "rows": 7}
+    assert edited(None) == {
+        "kind": "s3",
+        "location": "s3://bucket/list.parquet",
+        "rows": None,
+        "pin": "none: `koala data update` pins it",
+    }
+    found = edited(pin)
+    assert found["rows"] == 7
+    assert found["pin"].startswith("1 files (pin ")
+    assert edited({**pin, "commit": "abc"})["pin"].startswith("commit abc (pin ")
+
+
+@pytest.fixture
+def edited(workspace: Path) -> Callable[[dict | None], dict]:
+    """What is shown of a list on S3 with a pin."""
+
+    def shown(pin: dict | None) -> dict:
+        document = yaml.safe_load((workspace / "params.yaml").read_text())
+        document["profiles"]["smoke"]["source"] = {"kind": "s3", "location": "s3://bucket/list.parquet"}
+        document["profiles"]["smoke"]["source"]["score_columns"] = ["aesthetic"]
+        (workspace / "params.yaml").write_text(yaml.safe_dump(document))
+        (workspace / "source.lock.yaml").write_text(yaml.safe_dump({"smoke": pin} if pin else {}))
+        return module.data(parameters.load())
+
+    return shown
