@@ -46,6 +46,36 @@ def test_scaled_latents_have_unit_spread(recorder: Any) -> None:
     assert all(value == value for value in recorder.logged.values())
 
 
+@pytest.mark.parametrize("size", [4, 5, 1])
+def test_halves_give_the_gradients_of_the_whole_batch(size: int) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    inputs, targets = torch.randn(size, 3), torch.randn(size, 2)
+
+    def loss_of(model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        loss = torch.nn.functional.mse_loss(model(inputs), targets)
+        return loss, 10 * loss
+
+    expected = loss_of(model, inputs, targets)[0]
+    expected.backward()
+    gradient = model.weight.grad.clone()
+    with tiny.Halves(model) as halves:
+        for _ in range(2):  # nothing of the first stays in the second
+            model.zero_grad()
+            loss, ten = halves.backward(loss_of, inputs, targets)
+            assert loss == pytest.approx(expected.item(), rel=1e-5)
+            assert ten == pytest.approx(10 * expected.item(), rel=1e-5)
+            torch.testing.assert_close(model.weight.grad, gradient)
+        with torch.no_grad():
+            model.weight.mul_(2)  # a step of the optimizer reaches both
+        model.zero_grad()
+        halves.backward(loss_of, inputs, targets)
+        found = model.weight.grad.clone()
+    model.zero_grad()
+    loss_of(model, inputs, targets)[0].backward()
+    torch.testing.assert_close(found, model.weight.grad)
+
+
 def test_an_interrupted_run_keeps_the_vae_and_ends_with_the_weights_of_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Any
 ) -> None:
