@@ -76,7 +76,7 @@ def test_a_machines_threads_reach_openmp_unless_the_user_says_otherwise(
 
 
 def test_a_students_missing_input_names_the_students_command(workspace: Path) -> None:
-    for noun in ("latents", "teacher"):
+    for noun in ("latents", "captions", "teacher"):
         Path("artifacts/smoke", noun).mkdir(parents=True)
     with pytest.raises(KoalaError, match=r"run `dvc repro student@koala-1b` \(or `koala student koala-1b`\) first"):
         runner.prepare("distill", "koala-1b")
@@ -233,7 +233,7 @@ def test_the_same_content_by_another_commit_keeps_its_first_provenance(
 
 
 def test_another_machine_or_another_interval_resumes_the_same_work(workspace: Path, change_params) -> None:
-    for noun in ("latents", "teacher", "student/koala-1b"):
+    for noun in ("latents", "captions", "teacher", "student/koala-1b"):
         Path("artifacts/smoke", noun).mkdir(parents=True)
         Path("artifacts/smoke", noun, "file").write_text(noun)
 

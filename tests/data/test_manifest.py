@@ -137,7 +137,7 @@ def test_damaged_shards_are_named(images: Path, tmp_path: Path, damage: Callable
     (tmp_path / "out").mkdir()
     damage(images / "00001.tar")
     with pytest.raises(KoalaError, match=line):
-        filter_stage(FilterConfig(), images, tmp_path / "out", NoRun())
+        filter_stage(FilterConfig(), images, tmp_path / "scores", tmp_path / "out", NoRun())
 
 
 @pytest.mark.parametrize("name", ["another content", "bare, truncated between members", "vanished"])
@@ -247,14 +247,14 @@ def test_a_filter_is_not_resumed_over_a_download_that_was_made_anew(
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_kept", dies)
         with pytest.raises(KeyboardInterrupt):
-            filter_stage(FilterConfig(), images, tmp_path / "out", NoRun())
+            filter_stage(FilterConfig(), images, tmp_path / "scores", tmp_path / "out", NoRun())
     with ShardWriter(images, shard_size=2) as writer:
         for number in range(6):
             writer.write(Sample(f"{number:09d}", png(), "png", f"other {number}", {}))
     if not bare_folder:
         manifest.write(images)
     with pytest.raises(KoalaError, match="work of another recipe or on other inputs"):
-        filter_stage(FilterConfig(), images, tmp_path / "out", NoRun())
+        filter_stage(FilterConfig(), images, tmp_path / "scores", tmp_path / "out", NoRun())
 
 
 def test_the_manifest_does_not_change_with_the_recipe_that_made_the_same_data(images: Path, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_the_manifest_does_not_change_with_the_recipe_that_made_the_same_data(im
     for size in (10, 20):
         out = tmp_path / str(size)
         out.mkdir()
-        filter_stage(FilterConfig(shard_size=size), images, out, NoRun())
+        filter_stage(FilterConfig(shard_size=size), images, tmp_path / "scores", out, NoRun())
         found.append((out / manifest.FILE).read_bytes())
     assert found[0] == found[1]
     assert json.loads(found[0])["files"]["00000.tar"]["samples"] == 6

@@ -105,7 +105,7 @@ score(ScoreConfig(), Path("nothing"), Path("out"), NoRun())
 assert not {"torch", "transformers", "cv2", "rapidocr"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert [file.name for file in out.iterdir()] == ["stats.json"]
+    assert {file.name for file in out.iterdir()} == {"stats.json", "manifest.json"}
     assert json.loads((out / "stats.json").read_text()) == {"samples": 0, "undecodable": 0, "scores": {}}
 
 
@@ -155,7 +155,7 @@ def test_scores_are_the_models(out: Path, recipe, head: Path, tiny_clip: Path, r
     assert recorder.logged["aesthetic.mean"] == pytest.approx(np.mean([row["aesthetic"] for row in found]))
     assert {"aesthetic.png", "clip_similarity.png"} <= set(recorder.files)
     assert {file.name for file in out.iterdir()} == {
-        "00000.parquet", "00001.parquet", "stats.json", "aesthetic.png", "clip_similarity.png",
+        "00000.parquet", "00001.parquet", "manifest.json", "stats.json", "aesthetic.png", "clip_similarity.png",
     }  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def test_the_out_has_the_same_bytes_each_time(tmp_path: Path, recorder: Any) -> 
         source(config(rows=60), out=tmp_path / name, run=recorder)
         contents.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
     assert contents[0] == contents[1] == contents[2]
-    assert contents[0].keys() == {"part-00000.parquet", "stats.json"}
+    assert contents[0].keys() == {"manifest.json", "part-00000.parquet", "stats.json"}
     assert recorder.logged["rows"] == 60
 
 

@@ -54,7 +54,9 @@ def test_several_shards_empty_ones_and_ones_without_captions(tmp_path: Path) -> 
     for folder in (latents, captions):
         folder.mkdir()
     for shard, keys in enumerate((["a", "b"], [], ["c"], ["d", "e"])):
-        pq.write_table(pa.table({"key": pa.array(keys, pa.string())}), latents / f"{shard}.parquet")
+        table = pa.table({"key": pa.array(keys, pa.string())})
+        with pa.ipc.new_file(latents / f"{shard}.arrow", table.schema) as writer:
+            writer.write_table(table)
         rows = [{"key": key, "caption": key.upper(), "model": "m"} for key in keys]
         if shard != 2:
             pq.write_table(pa.Table.from_pylist(rows, COLUMNS), captions / f"{shard}.parquet")

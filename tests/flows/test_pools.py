@@ -125,7 +125,8 @@ def test_pools_stand_in_the_graph(project: Path, monkeypatch: pytest.MonkeyPatch
     assert {stage.pool for stage in pipeline("publish@koala-a")} == {"cpu"}
     monkeypatch.chdir(ROOT)
     named = {stage.name.partition("@")[0]: stage.pool for stage in all_stages()}
-    assert {stage for stage, pool in named.items() if pool == "gpu"} == {"encode", "reference", "distill", "evaluate"}
+    gpu = {"score", "recaption", "encode", "reference", "distill", "evaluate"}
+    assert {stage for stage, pool in named.items() if pool == "gpu"} == gpu
     assert set(named.values()) == {"cpu", "gpu"}
 
 

@@ -15,6 +15,7 @@ def test_a_students_stages_in_the_order_of_the_real_dvc_yaml(monkeypatch: pytest
     assert [stage.name for stage in stages] == [
         "source",
         "download",
+        "score",
         "filter",
         "recaption",
         "teacher",
@@ -27,6 +28,7 @@ def test_a_students_stages_in_the_order_of_the_real_dvc_yaml(monkeypatch: pytest
     ]
     upstream = {stage.name: set(stage.upstream) for stage in stages}
     assert upstream["source"] == set()
+    assert upstream["filter"] == {"download", "score"}
     assert upstream["encode"] == {"filter", "teacher"}
     assert upstream["reference"] == {"teacher"}
     assert upstream["distill@koala-700m"] == {"encode", "recaption", "teacher", "student@koala-700m"}
@@ -44,7 +46,7 @@ def test_the_real_stages_make_folders(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_stages_that_use_the_network_are_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     retried = {stage.name for stage in pipeline("publish@koala-1b") if stage.retries}
-    assert retried == {"source", "download", "recaption", "teacher", "publish@koala-1b"}
+    assert retried == {"source", "download", "score", "recaption", "teacher", "publish@koala-1b"}
 
 
 def test_a_stage_carries_what_dvc_yaml_says_of_it(project: Path) -> None:
