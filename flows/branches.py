@@ -43,7 +43,7 @@ def scratch() -> Iterator[Path]:
     """Provide a worktree of this checkout's commit, outside it: what was changed here and not committed is not in it."""
     with tempfile.TemporaryDirectory(prefix="koala-watch-") as folder:
         tree = Path(folder, "tree")
-        _git("worktree", "prune")  # of a call that was killed
+        _git("worktree", "prune", "--expire=1.day.ago")  # of calls that were killed
         _git("worktree", "add", "--quiet", "--detach", str(tree), "HEAD")
         try:
             yield tree

@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from prefect import flow, get_run_logger
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.objects import State
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run as current
 from prefect.states import Completed, Failed
 
 from flows.branches import BranchError, Retraining, known, propose, scratch
-from flows.causes import Cause, find, key_of
 from flows.services import ServiceError
 from flows.stages import PipelineError, students
+from koala.causes import Cause, find, key_of
 from koala.console import harmless
 from koala.errors import KoalaError
 
@@ -51,11 +51,14 @@ def watch(because: str = "schedule", pools: bool = False) -> State[Any]:
                 retraining = propose(tree, _message(causes, lines), key, push=pools)
                 for line in lines:
                     get_run_logger().info(line)
-        names = [_start(student, retraining) for student in students()]
+        names = students()
+        for student in names:
+            _start(student, retraining)
     except (KoalaError, BranchError, PipelineError, ServiceError) as error:
         return Failed(message=str(error))
     said = _subject(causes) if retraining.is_new else f"known already: {_subject(causes)}"
-    return Completed(message=f"{said}: {retraining.branch} ({retraining.commit[:7]}): {', '.join(names)}")
+    at = f"{retraining.branch} ({retraining.commit[:7]})"
+    return Completed(message=f"{said}: {at} retrains {', '.join(names)}")
 
 
 def _subject(causes: Sequence[Cause]) -> str:
@@ -66,10 +69,10 @@ def _message(causes: Sequence[Cause], lines: Sequence[str]) -> str:
     return "\n".join([_subject(causes), "", *lines])
 
 
-def _start(student: str, retraining: Retraining) -> str:
-    """Start `distill` at the retraining's commit, unless that was done before. Return the name of its run."""
+def _start(student: str, retraining: Retraining) -> None:
+    """Start `distill` at the retraining's commit, unless that was done before. Raises ServiceError if it is not deployed."""
     try:
-        run = run_deployment(
+        run_deployment(
             f"distill/{student}",
             parameters={"commit": retraining.commit},
             idempotency_key=f"{retraining.commit} {student}",
@@ -78,5 +81,3 @@ def _start(student: str, retraining: Retraining) -> str:
         )
     except ObjectNotFound:
         raise ServiceError(f"there is no deployment distill/{student}: run `python -m flows.deployments`") from None
-    assert isinstance(run, FlowRun)  # not a coroutine: this is no async function
-    return run.name

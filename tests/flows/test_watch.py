@@ -218,15 +218,22 @@ def test_with_pools_a_branch_of_another_checkout_is_known(
     at = git("rev-parse", TODAY)
     monkeypatch.chdir(other)
     state = watch(pools=True, return_state=True)
-    assert str(state.message).startswith(f"known already: mine: new data: {TODAY} ({at[:7]})")
+    assert str(state.message).startswith(
+        f"known already: mine: new data: {TODAY} ({at[:7]}) retrains koala-700m, koala-1b"
+    )
 
 
 def test_what_cannot_be_done_is_one_line_and_leaves_nothing(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIT_AUTHOR_EMAIL", "")
-    state = watch(return_state=True)
+    with monkeypatch.context() as nobody:
+        for variable in ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL", "EMAIL"):
+            nobody.delenv(variable, raising=False)
+        for variable in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
+            nobody.setenv(variable, "/dev/null")
+        for name, value in {"COUNT": "1", "KEY_0": "user.useConfigOnly", "VALUE_0": "true"}.items():
+            nobody.setenv(f"GIT_CONFIG_{name}", value)
+        state = watch(return_state=True)
     assert state.is_failed()
-    assert "GIT_AUTHOR_" in str(state.message)
-    monkeypatch.setenv("GIT_AUTHOR_EMAIL", "robot@example.com")
+    assert str(state.message).startswith("git knows no author: set GIT_AUTHOR_NAME")
     state = watch(pools=True, return_state=True)  # there is no origin
     assert state.is_failed()
     assert str(state.message).startswith("git fetch: ")
