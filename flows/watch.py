@@ -33,7 +33,7 @@ def run_name() -> str:
 
 
 @flow(name="watch", flow_run_name=run_name, persist_result=False)
-def watch(because: str = "schedule", pools: bool = False) -> State[Any]:
+def watch(because: str = "by hand", pools: bool = False) -> State[Any]:
     """Retrain every student where something changed.
 
     because: what started this, in words; it decides nothing.
