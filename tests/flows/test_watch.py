@@ -248,12 +248,12 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(checkout: Path, monk
 def test_a_student_that_is_not_deployed_is_named_and_started_later(
     checkout: Path, client: SyncPrefectClient, started: Callable[[str], list[str]]
 ) -> None:
-    deployed = client.read_deployment_by_name("distill/koala-1b")
+    deployed = client.read_deployment_by_name("distill/koala-700m")
     client.delete_deployment(deployed.id)
     state = watch(return_state=True)
-    assert "there is no deployment distill/koala-1b" in str(state.message)
+    assert "there is no deployment distill/koala-700m" in str(state.message)
     client.create_deployment(
-        deployed.flow_id, name="koala-1b", enforce_parameter_schema=False, parameters={"student": "koala-1b"}
+        deployed.flow_id, name="koala-700m", enforce_parameter_schema=False, parameters={"student": "koala-700m"}
     )
     assert watch(return_state=True).is_completed()
     assert started(git("rev-parse", TODAY)) == ["koala-1b", "koala-700m"]
