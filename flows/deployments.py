@@ -30,6 +30,7 @@ from koala.console import say, show
 TEMPLATE = Path("infra/prefect.yaml")
 PLACEHOLDER = "{{ student }}"
 POOL_PLACEHOLDER = "{{ pool }}"
+_TAKE_POOLS = ("flows/distill.py", "flows/watch.py")
 TAG = "koala"
 """Tag of the deployments that are this module's own. Others are left alone."""
 
@@ -49,8 +50,8 @@ def expand(template: Mapping[str, Any], names: Sequence[str], pools: Sequence[st
         else:
             deployments.append(deployment)
     for deployment in deployments:
-        if pools and "distill.py" in deployment["entrypoint"]:
-            deployment["parameters"]["pools"] = True
+        if pools and deployment["entrypoint"].startswith(_TAKE_POOLS):
+            deployment["parameters"] = {**deployment.get("parameters", {}), "pools": True}
     others = {key: value for key, value in template.items() if key != "definitions"}  # anchors, which YAML has resolved
     return {**others, "deployments": deployments}
 

@@ -29,8 +29,10 @@ from prefect.runtime import flow_run as current
 from prefect.states import Completed, Failed
 from prefect.tasks import Task
 
+from flows.branches import BranchError, fast_forward
 from flows.lost import close_lost_runs, label
-from flows.pools import bring_back, commit, run_in_pool
+from flows.pools import bring_back, run_in_pool
+from flows.pools import commit as clean_commit
 from flows.report import make_artifacts, show_report
 from flows.repro import reproduce
 from flows.services import HOME, Service, ServiceError, free_port, prefect_server
@@ -49,12 +51,13 @@ class StageError(Exception):
 
 def run_name() -> str:
     """Name the current flow run after its student and the commit: `distill koala-700m 1a2b3c4`."""
-    return _name(current.get_parameters()["student"])
+    parameters = current.get_parameters()
+    return _name(parameters["student"], parameters.get("commit"))
 
 
-def _name(student: str) -> str:
-    commit, _, dirty = (git_commit() or "").partition("-")
-    return " ".join(filter(None, ["distill", student, commit[:7] + (f"-{dirty}" if dirty else "")]))
+def _name(student: str, commit: str | None) -> str:
+    found, _, dirty = (commit or git_commit() or "").partition("-")
+    return " ".join(filter(None, ["distill", student, found[:7] + (f"-{dirty}" if dirty else "")]))
 
 
 @flow(
@@ -64,23 +67,31 @@ def _name(student: str) -> str:
     on_crashed=[after_the_end],
     persist_result=False,
 )
-def distill(student: str, pools: bool = False) -> State[Any]:
+def distill(student: str, pools: bool = False, commit: str | None = None) -> State[Any]:
     """Bring a student's release up to date with the code, the parameters and the data.
 
     pools: run each stage on a machine of its pool, not in this checkout.
+    commit: what to run, as `watch` asks; left out: what this checkout holds. Without pools, the checkout goes forward to it.
     """
     flow_run = str(current.get_id())
     label(flow_run)
     try:
+        if commit and not pools:
+            fast_forward(commit)
+        at = (commit or clean_commit()) if pools else None
         stages = pipeline(f"{LAST_STAGE}@{student}")
-        params = {"student": student, "profile": profile(), "machine": machine(), "commit": git_commit() or "unknown"}
-        at = commit() if pools else None
-        with tracking.flow_run(f"koala-{profile()}", _name(student), flow_run, params) as run:
+        params = {
+            "student": student,
+            "profile": profile(),
+            "machine": machine(),
+            "commit": at or git_commit() or "unknown",
+        }
+        with tracking.flow_run(f"koala-{profile()}", _name(student, commit), flow_run, params) as run:
             _run_all(stages, flow_run, run.id, at)
             if pools:
                 bring_back(f"evaluate@{student}", flow_run, run.id, show=get_run_logger().info)
             make_artifacts(student, stages, run)
-    except (PipelineError, StageError) as error:
+    except (PipelineError, StageError, BranchError) as error:
         return Failed(message=str(error))  # one line, where an exception would bring a traceback
     return Completed(message=f"{student} is up to date")
 

@@ -76,6 +76,7 @@ from koala.publish.targets.s3 import S3Target
 from koala.teacher.config import FileTeacher, FolderTeacher, HubTeacher, TinyTeacher
 from koala.unet.blocks import StudentRule, keep
 from koala.unet.config import StudentConfig
+from koala.watch import WatchConfig
 
 FILE = Path("params.yaml")
 MACHINE = "KOALA_MACHINE"
@@ -263,6 +264,8 @@ class Document(Config):
     """The machine that they run on: how it is computed. KOALA_MACHINE in the environment takes its place."""
     promote: Literal["ask", "automatic"] = "ask"
     """Whether the flow `promote` waits for a person's yes also where a version meets every rule of the gate."""
+    watch: WatchConfig = WatchConfig()
+    """When the flow `watch` retrains, apart from a change of the source."""
     students: dict[str, Student]
     """Students by name."""
     profiles: dict[str, Profile]
@@ -280,6 +283,7 @@ class Params:
     students: Mapping[str, StudentConfig]
     requires: tuple[str, ...]
     recipe: Profile
+    watch: WatchConfig
     _machine: Machine
     _distill: Mapping[str, DistillConfig]
     _approvals: tuple[approvals.Approval, ...]
@@ -364,7 +368,7 @@ def load(path: Path = FILE, profile: str | None = None, machine: str | None = No
     for each, config in distill.items():
         _check(path, name, each, config, students[each], recipe)
     standing = approvals.read(), forget.read(), pins.read().get(name)
-    return Params(name, host, students, recipe.requires, recipe, chosen, distill, *standing)
+    return Params(name, host, students, recipe.requires, recipe, document.watch, chosen, distill, *standing)
 
 
 def schema() -> dict[str, Any]:

@@ -252,6 +252,27 @@ def _kept_run(work: Path) -> Any:
     return run if run.info.lifecycle_stage == "active" else None
 
 
+def champion(model: str) -> dict[str, str]:
+    """Return the tags of the registered version that is the champion; empty where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return dict(_client().get_model_version_by_alias(model, "champion").tags)
+    except MlflowException:
+        return {}
+
+
+def newest_run(experiment: str, tags: Mapping[str, str]) -> tuple[str, dict[str, str]] | None:
+    """Return id and tags of the newest finished run of an experiment that has these tags; None where there is none."""
+    client = _client()
+    if not (found := client.get_experiment_by_name(experiment)):
+        return None
+    wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    condition = f"{wanted} and attributes.status = 'FINISHED'"
+    runs = client.search_runs([found.experiment_id], condition, max_results=1, order_by=["attributes.end_time DESC"])
+    return (runs[0].info.run_id, dict(runs[0].data.tags)) if runs else None
+
+
 def fetch(run_id: str, name: str, folder: Path) -> Path | None:
     """Download a file that a run logged into `folder`. Return its path; None where the run has none of that name."""
     client = _client()

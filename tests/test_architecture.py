@@ -303,5 +303,5 @@ def test_flows_import_only_prefect_dvc_and_what_reports() -> None:
         name for file in FLOWS for name in imports(file) if name.partition(".")[0] not in sys.stdlib_module_names
     }
     assert {name for name in foreign if name.partition(".")[0] not in allowed} == set()
-    known = ("koala.tracking", "koala.process", "koala.console", "koala.provenance", "koala.errors")
+    known = ("koala.causes", "koala.tracking", "koala.process", "koala.console", "koala.provenance", "koala.errors")
     assert {name for name in foreign if name.startswith("koala.") and name not in known} == set()

@@ -79,6 +79,7 @@ def _summary(of: Tally, bounds: Bounds) -> dict[str, Any]:
         "dropped": of.dropped(),
         "duplicate_groups": of.group_count(),
         "bounds": {name: list(ends) for name, ends in bounds.items()},
+        "values": {name: {"mean": mean, "deviation": deviation} for name, (mean, deviation) in of.means().items()},
         "caption_words": {str(words): count for words, count in of.caption_words().items()},
     }
 

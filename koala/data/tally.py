@@ -126,6 +126,16 @@ class Tally:
             )
         )
 
+    def means(self) -> dict[str, tuple[float, float]]:
+        """Return mean and standard deviation of each value over the kept samples that have it."""
+        if not self.values:
+            return {}
+        finite = [f"CASE WHEN isfinite({name}) THEN {name} END" for name in map(quoted, self.values)]
+        asked = ", ".join(f"avg({value}), stddev_pop({value})" for value in finite)
+        (found,) = self._rows(f"SELECT {asked} FROM verdicts WHERE rule IS NULL")
+        pairs = zip(self.values, found[::2], found[1::2], strict=True)
+        return {name: _rounded(mean, deviation) for name, mean, deviation in pairs if mean is not None}
+
     def histograms(self, bounds: Bounds, bins: int = 40) -> dict[str, Histogram]:
         """Return a histogram of each value that any sample has. A bound that is not far off lies within it."""
         if not self.values:
@@ -252,6 +262,11 @@ def string(text: str) -> str:
 def is_outside(value: float, least: float | None, greatest: float | None) -> bool:
     """Return whether a value breaks one of its bounds."""
     return (least is not None and value < least) or (greatest is not None and value > greatest)
+
+
+def _rounded(mean: float, deviation: float) -> tuple[float, float]:
+    """Return both with six digits: the order in which threads add shows in the last ones."""
+    return float(f"{mean:.6g}"), float(f"{deviation:.6g}") if deviation > 1e-6 * abs(mean) else 0.0
 
 
 def _is_number(value: float | None) -> bool:

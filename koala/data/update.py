@@ -1,7 +1,10 @@
 """`koala data update`: takes the content of a source as it is now for the one that is meant."""
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +20,46 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+@dataclass(frozen=True)
+class Content:
+    """The content of a source as it is now: what its pin would say, without a count of rows."""
+
+    location: str
+    """Location that was resolved."""
+    commit: str | None
+    """Commit of the data set on the Hub."""
+    files: Mapping[str, str]
+    """What marks the content of each file, in the order in which they are read."""
+
+    def is_pinned(self, pin: Pin | None) -> bool:
+        """Return whether a pin says the same."""
+        ours = self.location, self.commit, self.files
+        return pin is not None and (pin.location, pin.commit, pin.files) == ours
+
+    @property
+    def digest(self) -> str:
+        """Return what tells this content from others."""
+        parts = [self.location, self.commit, list(self.files.items())]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def resolve(config: TableSource) -> Content:
+    """Return a source's content as it is now, whatever its pin says. No table is read.
+
+    Raises KoalaError if the source cannot be reached.
+    """
+    commit = located(config.model_copy(update={"pin": None})).commit()
+    return Content(config.location, commit, _marks(_at(config, commit)))
+
+
+def pin(config: TableSource, content: Content) -> Pin:
+    """Return the pin of a source's content: its rows are read and counted.
+
+    Raises KoalaError if the source cannot be read, holds no usable row, or is no longer what was resolved.
+    """
+    return _pin(content, _rows(config, content))
+
+
 def update(profile: str, config: TableSource, table: Path) -> None:
     """Pin the content of a profile's source as it is now, and show what changed.
 
@@ -28,27 +71,39 @@ def update(profile: str, config: TableSource, table: Path) -> None:
     Raises:
         KoalaError: The source cannot be read, holds no usable row, or changed while it was read.
     """
-    files = located(config.model_copy(update={"pin": None}))
-    commit = files.commit()
-    now = config.model_copy(update={"pin": None, "revision": commit or config.revision})
-    marks = _marks(now)
-    if config.pin and (config.pin.location, config.pin.commit, config.pin.files) == (config.location, commit, marks):
+    content = resolve(config)
+    if config.pin and content.is_pinned(config.pin):
         show(f"{profile}: {config.location} is what the pin says: {config.pin.rows:,} usable rows")
         return
-    dropped: Counter[str] = Counter()
-    rows = _hashes(now.tables(dropped))
-    if not len(rows):
-        raise KoalaError(f"{config.location} holds no usable row (dropped: {dict(dropped)}): nothing is pinned")
-    if _marks(now) != marks:
-        raise KoalaError(f"{config.location} changed while it was read: run `koala data update` again")
-    pin = Pin(location=config.location, commit=commit, files=marks, rows=len(rows))
-    for line in _changes(config.pin, pin):
+    rows = _rows(config, content)
+    moved = _pin(content, rows)
+    for line in changes(config.pin, moved):
         show(f"{profile}: {line}")
     if parts := sorted(table.glob("*.parquet")):
         added, removed = _difference(rows, _hashes(_read(parts)))
         show(f"{profile}: {added:,} rows added and {removed:,} removed, by URL, beside the table in {table}")
-    pins.write({**pins.read(), profile: pin})
+    pins.write({**pins.read(), profile: moved})
     say(f"{pins.FILE} has the new pin: commit it, and run the pipeline")
+
+
+def _rows(config: TableSource, content: Content) -> "np.ndarray":
+    """Return a hash of each usable row's URL. Raises KoalaError where there is none, or where the content changed."""
+    dropped: Counter[str] = Counter()
+    now = _at(config, content.commit)
+    rows = _hashes(now.tables(dropped))
+    if not len(rows):
+        raise KoalaError(f"{config.location} holds no usable row (dropped: {dict(dropped)}): nothing is pinned")
+    if _marks(now) != content.files:
+        raise KoalaError(f"{config.location} changed while it was read: run `koala data update` again")
+    return rows
+
+
+def _pin(content: Content, rows: "np.ndarray") -> Pin:
+    return Pin(location=content.location, commit=content.commit, files=dict(content.files), rows=len(rows))
+
+
+def _at(config: TableSource, commit: str | None) -> TableSource:
+    return config.model_copy(update={"pin": None, "revision": commit or config.revision})
 
 
 def _marks(config: TableSource) -> dict[str, str]:
@@ -56,7 +111,7 @@ def _marks(config: TableSource) -> dict[str, str]:
     return {name: files.mark(name) for name in files.names}
 
 
-def _changes(before: Pin | None, now: Pin) -> list[str]:
+def changes(before: Pin | None, now: Pin) -> list[str]:
     """Return a line for each thing that the pin says otherwise."""
     if before is None:
         return [f"{now.location} is pinned: {len(now.files)} files, {now.rows:,} usable rows"]

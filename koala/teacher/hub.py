@@ -48,6 +48,14 @@ class HubSource:
         _fetch(self._repository, self._revision, files, self._cache)
 
 
+def head(repository: str, branch: str) -> str:
+    """Return the commit that a branch of a repository is at. Raises KoalaError, in one line, where the Hub does not say."""
+    from huggingface_hub import HfApi
+
+    with _errors(repository):
+        return str(HfApi().model_info(repository, revision=branch).sha)
+
+
 def place_part(name: str, part: HubPart, to: Path, cache: Path, suffix: str) -> None:
     """Fetch the files of `part` that end with `suffix` (`.json`, or safetensors), as the part `name` of the pipeline in `to`."""
     files = [file for file in part.files if file.endswith(suffix)]

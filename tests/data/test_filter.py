@@ -221,6 +221,7 @@ def test_the_stage_keeps_counts_and_shows(out: Path, recorder: Any) -> None:
         "dropped": {"duplicate_image": 1, "duplicate_url": 1, "few_words": 1, "near_duplicate": 1, "undecodable": 1},
         "duplicate_groups": 2,
         "bounds": {"words": [3, 300]},
+        "values": {"words": {"mean": 4.0, "deviation": 0.0}},
         "caption_words": {"4": 4},
     }
     assert recorder.logged["kept"] == 4

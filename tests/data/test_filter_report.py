@@ -80,6 +80,7 @@ def test_counts_are_those_of_all_shards(tmp_path: Path) -> None:
         "dropped": {"few_words": 2, "score.aesthetic": 1},
         "duplicate_groups": 0,
         "bounds": {"words": [3, 20], "aesthetic": [5.0, None]},
+        "values": {"words": {"mean": 3.66667, "deviation": 0.942809}, "size": {"mean": 48.0, "deviation": 0.0}},
         "caption_words": {"3": 2, "5": 1},
     }
     assert table(parsed, "funnel", tmp_path) == [

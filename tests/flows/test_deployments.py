@@ -24,13 +24,15 @@ def test_no_student_is_named_in_the_template() -> None:
     assert [student for student in students if student in text] == []
 
 
-def test_the_template_stands_once_for_each_student_its_schedule_off(template: dict) -> None:
+def test_the_template_stands_once_for_each_student_and_retraining_is_off(template: dict) -> None:
     one, two, three, *others = expand(template, ["koala-a", "koala-b", "koala-c"])["deployments"]
-    assert [each["name"] for each in others] == ["version"]
+    assert [each["name"] for each in others] == ["data", "version"]
     assert [each["name"] for each in (one, two, three)] == ["koala-a", "koala-b", "koala-c"]
     assert [each["parameters"] for each in (one, two)] == [{"student": "koala-a"}, {"student": "koala-b"}]
     assert "release of koala-c" in three["description"]
-    assert [schedule["active"] for each in (one, two, three) for schedule in each["schedules"]] == [False] * 3
+    assert not any("schedules" in each for each in (one, two, three))  # by itself a schedule would find nothing to do
+    assert [each["active"] for each in others[0]["schedules"]] == [False]
+    assert [each["enabled"] for each in others[0]["triggers"]] == [False]
     assert deployments.TAG in one["tags"]
 
 
@@ -43,8 +45,9 @@ def test_other_placeholders_and_other_deployments_stay(template: dict) -> None:
 
 
 def test_with_pools_each_has_a_deployment_and_the_flows_use_them(template: dict) -> None:
-    one, version, cpu, gpu = expand(template, ["koala-a"], ["cpu", "gpu"])["deployments"]
+    one, data, version, cpu, gpu = expand(template, ["koala-a"], ["cpu", "gpu"])["deployments"]
     assert one["parameters"] == {"student": "koala-a", "pools": True}
+    assert data["parameters"] == {"pools": True}
     assert "parameters" not in version
     assert [(each["name"], each["work_pool"]["name"]) for each in (cpu, gpu)] == [("cpu", "cpu"), ("gpu", "gpu")]
     clone = cpu["pull"][0]["prefect.deployments.steps.run_shell_script"]["script"]
