@@ -3,8 +3,8 @@
     apt-get install tuxpaint-stamps-default openclipart-png
     python examples/real_set.py /usr/share/tuxpaint/stamps /usr/share/openclipart/png --out real
 
-Captions stand in the first line of a text file of the picture's name (Tux Paint's further lines are translations: each
-fifth picture gets one of them, so that captions of other languages are there too); a picture without gets its file's name.
+Captions stand in the first line of a text file of the picture's name (Tux Paint's further lines are translations: about
+a fifth of the pictures get one of them, so that captions of other languages are there too); a picture without gets its file's name.
 """
 
 import argparse

@@ -62,7 +62,8 @@ def test_a_folder_of_pictures_goes_through_the_data_stages(tmp_path: Path) -> No
         )
     (folder / "a_copy.png").write_bytes((folder / "picture 0.png").read_bytes())
     (folder / "broken.svg").write_text("<svg/>")
-    lines = dict(line.split(": ", 1) for line in run("real_set.py", folder, "--out", tmp_path / "out").splitlines())
+    said = run("real_set.py", folder, "--out", tmp_path / "out")
+    lines = {name: rest for name, _, rest in (line.partition(": ") for line in said.splitlines())}
     table, images, kept = (json.loads(lines[f"{name}.json"]) for name in ("table/stats", "images/stats", "kept/report"))
     assert table == {"rows": 8, "dropped": {}}
     assert images["errors"] == {"no image": 1}
