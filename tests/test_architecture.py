@@ -154,7 +154,7 @@ with ShardWriter(Path("images"), 10) as writer:
     for key, caption in (("000000000", "a quiet fox"), ("000000001", "A LOUD FOX")):
         picture = io.BytesIO(); Image.new("RGB", (32, 32), (int(key), 0, 0)).save(picture, "PNG")
         writer.write(Sample(key, picture.getvalue(), "png", caption, {}))
-filter(load(params).config("filter"), images=Path("images"), out=Path("kept"), run=NoRun())
+filter(load(params).config("filter"), images=Path("images"), scores=Path("scores"), out=Path("kept"), run=NoRun())
 report = json.loads(Path("kept/report.json").read_text())
 assert report["kept"] == 1 and report["dropped"] == {"shouting": 1}, report
 """,
