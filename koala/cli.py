@@ -591,6 +591,19 @@ def bench_data(
     bench(rows or [], formats or [], rounds, out, plot)
 
 
+@bench.command("duplicates")
+def bench_duplicates(
+    pictures: Annotated[
+        list[int] | None, typer.Option(min=200, help="pictures; may be repeated; left out: 10 k, 100 k")
+    ] = None,
+    memory_gb: Annotated[float, typer.Option(min=0.25, help="limit of DuckDB's memory")] = 1.0,
+) -> None:
+    """Measure the filter's search for near duplicates over the number of pictures."""
+    from koala.bench.duplicates import bench
+
+    bench(pictures or [], memory_gb)
+
+
 @bench.command("read")
 def bench_read(
     samples: Annotated[int, typer.Option(min=64, help="encoded samples of 128 KiB")] = 2000,

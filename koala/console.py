@@ -3,7 +3,7 @@
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -15,21 +15,28 @@ _DIRECTIONS = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u206
 
 
 def progress(
-    items: Iterable[T], label: str, total: int | None = None, done: int = 0, unit: str | None = None
+    items: Iterable[T],
+    label: str,
+    total: int | None = None,
+    done: int = 0,
+    unit: str | None = None,
+    size: Callable[[T], int] = lambda item: 1,
 ) -> Iterator[T]:
     """Yield `items` and show how many are done.
 
     `done` of `total` were finished by an earlier, interrupted run: they count in the share, not in the ETA. `unit` names an
-    item, such as `images`, and shows how many of them a second takes.
+    item, such as `images`, and shows how many of them a second takes. An item may stand for `size` of them.
     Everything goes to stderr, so that stdout holds only what the command gives.
     """
     if total is None:
         total = done + len(items)  # type: ignore[arg-type]
     show = _bar if sys.stderr.isatty() else _lines
-    yield from show(items, label, total, done, unit)
+    yield from show(items, label, total, done, unit, size)
 
 
-def _bar(items: Iterable[T], label: str, total: int, done: int, unit: str | None) -> Iterator[T]:
+def _bar(
+    items: Iterable[T], label: str, total: int, done: int, unit: str | None, size: Callable[[T], int]
+) -> Iterator[T]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -53,13 +60,17 @@ def _bar(items: Iterable[T], label: str, total: int, done: int, unit: str | None
         task = bar.add_task(label, total=total, completed=done)
         for item in items:
             yield item
-            bar.advance(task)
+            bar.advance(task, size(item))
 
 
-def _lines(items: Iterable[T], label: str, total: int, done: int, unit: str | None) -> Iterator[T]:
+def _lines(
+    items: Iterable[T], label: str, total: int, done: int, unit: str | None, size: Callable[[T], int]
+) -> Iterator[T]:
     start = last = time.monotonic()
-    for count, item in enumerate(items, start=1):
+    count = 0
+    for item in items:
         yield item
+        count += size(item)
         now = time.monotonic()
         if now - last >= LOG_EVERY_SECONDS or done + count == total:
             last = now

@@ -18,6 +18,18 @@ def test_a_log_shows_a_bar_the_count_and_an_estimate(
     assert len(lines) == 5
 
 
+def test_an_item_counts_as_what_it_stands_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards of images after 20 seconds each: the first line knows a rate, where an image at a time it knew one of 1/1000."""
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
+    list(console.progress([1000, 1000], "download", total=4000, done=2000, unit="images", size=int))
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.endswith("3000/4000, 50.0 images/s, 0:20 left")
+    assert last.endswith("4000/4000, 50.0 images/s, 0:00 left")
+
+
 def test_a_log_is_not_flooded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100_000))
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock) / 100)

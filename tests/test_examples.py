@@ -1,5 +1,6 @@
 """The examples, as their headers say to run them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,25 @@ def test_a_finetune_is_inspected(tiny_teacher: Path) -> None:
     shown = run("inspect_finetune.py", tiny_teacher, "--size", 32)
     assert "KOALA-700M: 383,316 parameters (47.4%)" in shown
     assert "  UP1: pairs [0, 2], [1, 1] of [2, 2] layers" in shown
+
+
+def test_a_folder_of_pictures_goes_through_the_data_stages(tmp_path: Path) -> None:
+    """Captions beside the pictures, a translation for the fifth file, a name for a picture without, a broken one, and a copy."""
+    folder = tmp_path / "set é 1"
+    folder.mkdir()
+    for index in range(6):
+        picture = Image.linear_gradient("L").rotate(60 * index).resize((80, 90))
+        picture.convert("RGB").save(folder / f"picture {index}.png")
+        (folder / f"picture {index}.txt").write_text(
+            f"A large drawing of number {index}\nde.utf8=Eine große Zeichnung der Zahl {index} im Schnee\n"
+        )
+    (folder / "a_copy.png").write_bytes((folder / "picture 0.png").read_bytes())
+    (folder / "broken.svg").write_text("<svg/>")
+    said = run("real_set.py", folder, "--out", tmp_path / "out")
+    lines = {name: rest for name, _, rest in (line.partition(": ") for line in said.splitlines())}
+    table, images, kept = (json.loads(lines[f"{name}.json"]) for name in ("table/stats", "images/stats", "kept/report"))
+    assert table == {"rows": 8, "dropped": {}}
+    assert images["errors"] == {"no image": 1}
+    assert kept["samples"] == 7
+    assert kept["dropped"]["duplicate_image"] == 1
+    assert kept["dropped"]["language"] >= 1

@@ -32,11 +32,11 @@ def measure(file: str, out: str) -> Figures:
     return {
         "seconds": time.perf_counter() - begin,
         "cpu_seconds": time.process_time() - cpu,
-        "peak_bytes": _peak(),
+        "peak_bytes": peak(),
     }
 
 
-def _peak() -> int:
+def peak() -> int:
     """Return the most bytes that this process held; what getrusage says begins with the parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024

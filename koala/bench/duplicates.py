@@ -1,20 +1,42 @@
-"""Time and recall of the search for near duplicates, on hashes as skewed as those of pictures on a white ground."""
+"""`koala bench duplicates`: time, recall and memory of the search for near duplicates, each in a separate process.
 
-import resource
+Hashes are as skewed as those of pictures on a white ground.
+"""
+
+import json
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from koala.bench import runner
+from koala.bench.data_worker import peak
+from koala.console import progress, show, text_table
 from koala.data.dedup import Groups, matrix, near_pairs
 from koala.data.fingerprints import SIDE, TABLES, pattern, plane_hashes
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+PICTURES = (10_000, 100_000)
 _CHUNK = 10_000
+
+
+def bench(pictures: Sequence[int], memory_gb: float) -> None:
+    """Measure the search among each number of `pictures`, and show how it grows."""
+    rows = []
+    for count in progress(pictures or PICTURES, "bench duplicates"):
+        found = runner.run("duplicates", {"pictures": count, "memory_gb": memory_gb})
+        if "seconds" not in found:
+            rows.append([f"{count:,}", "failed", "-", "-"])
+            continue
+        figures = (f"{found['pictures_per_second']:,.0f}", f"{found['recall']:.3f}", f"{found['peak_gb']:.2f}")
+        rows.append([f"{count:,}", *figures])
+    show(text_table(["pictures", "pictures a CPU second", "recall", "peak memory, GB"], rows))
 
 
 def measure(pictures: int = 1_000_000, memory_gb: float = 1.0) -> dict[str, float]:
@@ -72,9 +94,13 @@ def measure(pictures: int = 1_000_000, memory_gb: float = 1.0) -> dict[str, floa
         "seconds": seconds,
         "pictures_per_second": pictures / seconds,
         "recall": len(members) / (2 * copies),
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "peak_gb": peak() / 1e9,
     }
 
 
 def _patterns(rows: "pa.Table") -> np.ndarray:
     return pattern(matrix(rows["thumbnail"], np.uint8))
+
+
+if __name__ == "__main__":
+    show(json.dumps(measure(**json.loads(sys.argv[1]))))

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from koala.console import progress
 from koala.data.config import FilterConfig, NearDuplicates
-from koala.data.dedup import Groups, batches, matrix, near_pairs
+from koala.data.dedup import Chain, Groups, batches, matrix, near_pairs
 from koala.data.fingerprints import pattern
 from koala.data.forget import read_hashes
 from koala.data.judge import EMBEDDING_HASHES, FACTS, FINGERPRINTS, LOOK_HASHES
@@ -126,7 +126,7 @@ def _find_candidates(connection: "duckdb.DuckDBPyConnection", config: FilterConf
 
 
 def _find_groups(connection: "duckdb.DuckDBPyConnection", config: FilterConfig) -> None:
-    """Make `member`: the candidates that have duplicates, with their group."""
+    """Make `member`: the candidates that have duplicates, with their group: pairs joined, chains that pairs make cut again."""
     groups = Groups()
     for column, there in (("sha256", "true"), ("url", "url <> ''")):
         pairs = f"""
@@ -142,6 +142,50 @@ def _find_groups(connection: "duckdb.DuckDBPyConnection", config: FilterConfig) 
     positions, numbers = groups.members()
     connection.register("grouped", pa.table({"position": positions, "number": numbers}))
     connection.execute("CREATE TABLE member AS SELECT candidate.*, number FROM candidate JOIN grouped USING (position)")
+    if config.near_duplicates:
+        _cut_chains(connection, config.near_duplicates)
+
+
+def _cut_chains(connection: "duckdb.DuckDBPyConnection", config: NearDuplicates) -> None:
+    """Renew `member`: in each group, every image is the same picture as the one that stays, not only as another one.
+
+    The largest image takes those that are like it, of the others the largest takes those that are like it, and so on. A group
+    of which one is taken down stays as it is.
+    """
+    members = """
+        SELECT position, number, member.sha256, member.url, thumbnail, embedding
+        FROM member JOIN judged USING (position)
+        WHERE number NOT IN (SELECT number FROM member WHERE forgotten)
+        ORDER BY number, pixels DESC, position
+    """
+    positions, heads = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    chain, number = Chain(config.thumbnail, config.cosine), -1
+    for batch in batches(connection, members):
+        rows = pa.Table.from_batches([batch])
+        looks = _patterns(rows)
+        embeddings = [
+            row and np.frombuffer(row, np.float16).astype(np.float32) for row in rows["embedding"].to_pylist()
+        ]
+        facts = zip(*(rows[name].to_pylist() for name in ("position", "number", "sha256", "url")), strict=True)
+        found = []
+        for (position, of, sha256, url), look, embedding in zip(facts, looks, embeddings, strict=True):
+            if of != number:
+                chain, number = Chain(config.thumbnail, config.cosine), of
+            found.append(chain.head(position, {sha256, url} - {""}, look, embedding))
+        positions.append(rows["position"].to_numpy())
+        heads.append(np.array(found, np.int64))
+    connection.register("cut", pa.table({"position": np.concatenate(positions), "head": np.concatenate(heads)}))
+    connection.execute(
+        """
+        CREATE TABLE renewed AS SELECT * EXCLUDE (number, head, first, size), dense_rank() OVER (ORDER BY first) - 1 AS number
+        FROM (
+            SELECT *, min(position) OVER (PARTITION BY head) AS first, count(*) OVER (PARTITION BY head) AS size
+            FROM (SELECT member.*, coalesce(head, -1 - number) AS head FROM member LEFT JOIN cut USING (position))
+        ) WHERE size > 1
+        """
+    )
+    connection.execute("DROP TABLE member")
+    connection.execute("ALTER TABLE renewed RENAME TO member")
 
 
 def _near_pairs(

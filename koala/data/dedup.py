@@ -4,7 +4,7 @@ Neither needs all samples in memory: DuckDB sorts on disk, and what is sorted is
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -108,3 +108,65 @@ class Groups:
         _, label = connected_components(graph, directed=False)
         _, first, group = np.unique(label, return_index=True, return_inverse=True)
         return members, first[group]
+
+
+class Chain:
+    """The images of one group, which chains of pairs join, told apart again: given one after the other, the best first.
+
+    Memory grows with the names of the images that are like none before them. Of their looks the last `ROOM` are compared.
+    """
+
+    def __init__(self, thumbnail: float, cosine: float | None) -> None:
+        """Take the least correlation of thumbnails, and the least cosine of embeddings, of the same picture."""
+        self._names: dict[object, int] = {}
+        self._looks = _Heads(thumbnail)
+        self._embeddings = _Heads(2.0 if cosine is None else cosine)
+
+    def head(self, position: int, names: Collection[object], look: np.ndarray, embedding: np.ndarray | None) -> int:
+        """Return the position of the first image that is the same picture, or the image's own.
+
+        names: what no other picture has in common with it: its hash, its URL. look: its thumbnail's pattern.
+        """
+        if known := [self._names[name] for name in names if name in self._names]:
+            return min(known)
+        vectors = [(self._looks, look), *([(self._embeddings, embedding)] if embedding is not None else [])]
+        for heads, vector in vectors:
+            if (like := heads.like(vector)) is not None:
+                return like
+        for heads, vector in vectors:
+            heads.add(position, vector)
+        self._names |= dict.fromkeys(names, position)
+        return position
+
+
+ROOM = 4096
+"""Images of one group that each further one is compared with."""
+
+
+class _Heads:
+    """Images by a vector, the last `ROOM` of them."""
+
+    def __init__(self, least: float) -> None:
+        self._least = least
+        self._count = 0
+        self._positions = np.empty(8, np.int64)
+        self._vectors = np.empty((8, 0), np.float32)
+
+    def like(self, vector: np.ndarray) -> int | None:
+        """Return the position of an image with at least this cosine."""
+        there = min(self._count, ROOM)
+        if not there:
+            return None
+        found = np.flatnonzero(self._vectors[:there] @ vector >= self._least)
+        return int(self._positions[found[0]]) if found.size else None
+
+    def add(self, position: int, vector: np.ndarray) -> None:
+        size = len(self._positions)
+        if not self._count:
+            self._vectors = np.empty((size, len(vector)), np.float32)
+        elif self._count == size < ROOM:
+            self._positions = np.concatenate([self._positions, np.empty(size, np.int64)])
+            self._vectors = np.concatenate([self._vectors, np.empty((size, len(vector)), np.float32)])
+        place = self._count % ROOM
+        self._positions[place], self._vectors[place] = position, vector
+        self._count += 1

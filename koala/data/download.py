@@ -103,7 +103,7 @@ def fetch(table: Path, config: DownloadConfig, shards: Path, logs: Path) -> None
         process = stack.enter_context(guarded(command, log, _environment()))
         rows_done = sum(stats["count"] for stats in finished.values())
         fetched = _watch(process, helper, shards, config, logs)
-        for _ in progress(fetched, "download", total=rows, done=rows_done, unit="images"):
+        for _ in progress(fetched, "download", total=rows, done=rows_done, unit="images", size=int):
             pass
         told = _told(log)
         for line in told:
@@ -225,8 +225,8 @@ def _watch(
     shards: Path,
     config: DownloadConfig,
     logs: Path,
-) -> Iterator[None]:
-    """Yield once for each row of a shard that is finished from now on, until the process ends.
+) -> Iterator[int]:
+    """Yield the rows of each shard that is finished from now on, until the process ends.
 
     Raises KoalaError if the sidecar ends, since all later rows would fail, or if img2dataset makes no progress.
     """
@@ -239,7 +239,7 @@ def _watch(
         ended = process.poll() is not None
         news = _stats(shards, but=finished)
         finished |= news.keys()
-        yield from (None for stats in news.values() for _ in range(stats["count"]))
+        yield from (stats["count"] for stats in news.values())
         if sidecar and not ended:
             _check_sidecar(sidecar, logs / "sidecar.log")
         if (footprint := _footprint(shards, finished)) != last:

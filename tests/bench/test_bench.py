@@ -364,6 +364,14 @@ def test_a_list_has_its_share_of_copies_and_of_rows_out_of_bounds(tmp_path: Path
     assert stats == {"rows": 970, "dropped": {"duplicate_url": 20, "where.width": 10}}
 
 
+def test_the_search_for_duplicates_is_measured_at_each_size(workspace: Path) -> None:
+    done = koala("bench", "duplicates", "--pictures", "400", "--pictures", "2000")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line[:1].isdigit()]
+    assert [row[0] for row in rows] == ["400", "2,000"]
+    assert all(float(row[2]) >= 0.9 and 0.05 < float(row[3]) < 2 for row in rows)
+
+
 def test_reading_is_measured_beside_webdataset(tmp_path: Path) -> None:
     """All readers give the same samples, each once: ours all whole batches, the peers the rest too."""
     from koala.bench import read

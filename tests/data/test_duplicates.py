@@ -19,10 +19,11 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 from sklearn.datasets import load_sample_images
 
+from koala.data import dedup
 from koala.data.config import FilterConfig, NearDuplicates
 from koala.data.dedup import Groups, near_pairs
 from koala.data.filter import filter
-from koala.data.fingerprints import pattern, plane_hashes
+from koala.data.fingerprints import pattern, plane_hashes, thumbnail
 from koala.data.judge import judge_shards
 from koala.data.rules.scores import Scores
 from koala.data.shards import Sample, ShardWriter, shards
@@ -88,6 +89,37 @@ def test_the_largest_of_several_forms_stays_and_they_are_one_group(out: Path) ->
         group = rows[index::36]
         assert [row["rule"] for row in group] == ["near_duplicate", None, "near_duplicate"]
         assert {row["group"] for row in group} == {index}, "numbered by the first member"
+
+
+def ring(width: int) -> Image.Image:
+    image = Image.new("RGB", (400, 400), "white")
+    ImageDraw.Draw(image).ellipse((10, 10, 390, 390), outline="black", width=width)
+    return image
+
+
+def test_a_chain_of_pictures_each_like_the_next_is_no_group(out: Path) -> None:
+    """Rings from thin to full: each is like its neighbours, the first is not like the last (as 1,318 stars of Open Clip Art)."""
+    folder = write([jpeg(ring(width)) for width in range(4, 190, 3)])
+    filter(NEAR, folder, Path("scores"), out, NoRun())
+    found = verdicts(out)
+    looks = pattern(np.stack([np.frombuffer(thumbnail(ring(width)), np.uint8) for width in range(4, 190, 3)]))
+    kept = {row["group"]: index for index, row in enumerate(found) if row["rule"] is None}
+    dropped = [index for index, row in enumerate(found) if row["rule"] == "near_duplicate"]
+    assert 5 < len(kept) < 30
+    assert len(dropped) == 62 - sum(row["rule"] is None for row in found) > 20
+    assert all(looks[index] @ looks[kept[found[index]["group"]]] > 0.99 for index in dropped)  # 0.992 before JPEG
+    assert sorted({row["group"] for row in found} - {None}) == list(range(len(kept.keys() - {None})))
+
+
+def test_a_chain_remembers_so_many_pictures_and_all_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dedup, "ROOM", 16)
+    chain, axes = dedup.Chain(0.9, 0.9), np.eye(40, dtype=np.float32)
+    assert [chain.head(place, {str(place)}, axes[place], None) for place in range(20)] == list(range(20))
+    assert chain.head(100, {"x"}, axes[19], None) == 19
+    assert chain.head(101, {"y"}, axes[0], None) == 101  # forgotten: it stays
+    assert chain.head(102, {"0"}, axes[30], None) == 0  # of equal bytes or URL with the first
+    assert chain.head(103, {"z"}, axes[31], axes[0]) == 103
+    assert chain.head(104, {"w"}, axes[32], axes[0]) == 103  # by the embedding
 
 
 def test_skewed_hashes_are_searched_in_the_time_of_sorting_and_pairs_are_found() -> None:

@@ -19,6 +19,8 @@ from koala.data.rules.repetition import Repetition
 from koala.data.rules.urls import Urls
 from koala.data.shards import Sample
 
+TITLE = "Red Fox In Deep Snow Wall Art"
+
 
 def broken(rule: Rule, caption: str, image: Image.Image | None = None) -> str | None:
     stream = io.BytesIO()
@@ -91,8 +93,21 @@ def broken(rule: Rule, caption: str, image: Image.Image | None = None) -> str | 
         (
             Language(),
             "language",
-            ["ein roter Fuchs sitzt im tiefen Schnee", "красная лиса сидит в снегу"],
-            ["a red fox sits in the deep snow", "roter Fuchs im"],
+            [
+                "ein roter Fuchs sitzt im tiefen Schnee",
+                "красная лиса сидит в снегу",
+                "雪の中に座る赤い狐",
+                "สุนัขจิ้งจอกสีแดง",
+            ],
+            # The second to fifth are captions of Tux Paint's stamps.
+            [
+                "a red fox sits in the deep snow",
+                "A double decker bus.",
+                "A European coin of 20 cents (0.20 €).",
+                "Pedestrian Crossing (“PED XING”).",
+                "Cent sign. 100 cents make 1 dollar.",
+                "roter Fuchs im",
+            ],
         ),
     ],
 )
@@ -112,3 +127,9 @@ def test_the_language_is_told() -> None:
     row = judge(Sample("0", b"", "png", "ein roter Fuchs sitzt im Schnee", {}), FilterConfig(rules=(Language(),)))
     assert row["language"] == "de"
     assert row["language_probability"] < 0.5
+
+
+def test_capitals_do_not_change_the_language() -> None:
+    config = FilterConfig(rules=(Language(),))
+    title, sentence = (judge(Sample("0", b"", "png", text, {}), config) for text in (TITLE, TITLE.lower()))
+    assert title["language_probability"] == sentence["language_probability"] > 0.2

