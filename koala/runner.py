@@ -90,7 +90,7 @@ class Job:
             self._say_of_others(work)
             (work / _FINISHED).unlink(missing_ok=True)
             (work / "recipe.json").write_text(json.dumps(self.config.recipe(), indent=2) + "\n")
-            function(self.config, **self.inputs, out=out, run=run)
+            function(self.config.of_work(work.relative_to(WORK).as_posix()), **self.inputs, out=out, run=run)
             made_by = self._publish(work, out, hashes, run.id)
             run.artifact(self.artifact / provenance.FILE)
             run.tags({"data_hash": made_by["content"]})

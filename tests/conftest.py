@@ -35,6 +35,7 @@ SLOW = (
     "distill/test_launch.py",
     "distill/test_machines.py",
     "distill/test_memory.py",
+    "distill/test_remote_checkpoints.py",
     "distill/test_resume.py",
     "distill/test_trainer.py",
     "distill/test_validation.py",
