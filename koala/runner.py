@@ -82,7 +82,8 @@ class Job:
         tags |= {"student": self.student} if self.student else {}
         tags |= {f"data_hash.{noun}": found for noun, found in hashes.items()}
         experiment, values = f"koala-{self.params.profile}", {self.stage: self.config.recipe()}
-        with _alone(work), tracking.stage_run(experiment, self.name, values, tags, work) as run:
+        inputs = {folder: hashes[noun] for noun, folder in self.inputs.items()}
+        with _alone(work), tracking.stage_run(experiment, self.name, values, tags, work, inputs) as run:
             out = work / "out"
             out.mkdir(exist_ok=True)
             if (work / STATE).is_dir():  # killed between the two moves of `_publish`
