@@ -43,6 +43,7 @@ DVC_YAML = """
 stages:
   prepare:
     cmd: mkdir -p artifacts/smoke && cp -r {made}/. artifacts/smoke
+    deps: [stage.py]
     outs:
       - artifacts/${{profile}}/latents
       - artifacts/${{profile}}/captions
