@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,9 @@ def test_another_machine_resumes_from_the_checkpoint_in_s3(
 
     with tracking.flow_run("koala-smoke", "team", "team") as parent, ThreadPoolExecutor() as threads:
         join("one")
-        stage = threads.submit(pools.run_in_pool, STAGE, "cpu", parent.id, pools.commit(), said.append)
+        stage = threads.submit(
+            copy_context().run, pools.run_in_pool, STAGE, "cpu", parent.id, pools.commit(), said.append
+        )
         deadline = time.monotonic() + 200
         while not complete():
             assert time.monotonic() < deadline, log("one")
@@ -214,6 +217,7 @@ def test_another_machine_resumes_from_the_checkpoint_in_s3(
         join("two")
         state = stage.result(600)
         took = time.monotonic() - lost_at
+        Path("/tmp/took.txt").write_text(f"{took} {said}")
         assert state.is_completed(), f"{state.message}\n{log('two')}"
         pools.bring_back(STAGE, "team", parent.id, said.append)
     assert took < 400

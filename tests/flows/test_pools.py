@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 
 import boto3
@@ -277,7 +278,9 @@ def test_a_stage_whose_machine_is_lost_starts_again_at_most_twice(
     said: list[str] = []
     statuses = []
     with ThreadPoolExecutor() as threads, tracking.flow_run("koala-demo", "parent", "parent") as parent:
-        ended = threads.submit(pools.run_in_pool, "knead", "cpu", parent.id, "a-commit", said.append)
+        ended = threads.submit(
+            copy_context().run, pools.run_in_pool, "knead", "cpu", parent.id, "a-commit", said.append
+        )
         for end in ends:
             while not (found := [run for run in client.read_flow_runs() if run.state_name == "Scheduled"]):
                 assert not ended.done(), ended.result()
