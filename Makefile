@@ -20,7 +20,7 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve join repro test test-fast lint format clean
+.PHONY: help install demo serve join repro test test-fast test-team lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,7 +59,10 @@ test: lint ## all checks and all tests
 	$(PYTEST) -n 2 --dist loadfile
 
 test-fast: install ## the tests that start no process of their own
-	$(PYTEST) -n 2 --dist loadfile -m "not slow"
+	$(PYTEST) -n 2 --dist loadfile -m "not slow and not team"
+
+test-team: install ## the tests that play several machines, and take minutes
+	$(PYTEST) -m team tests/flows
 
 lint: install ## style, types, spelling
 	$(BIN)/ruff check

@@ -21,7 +21,7 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTag
 from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
-from flows.lost import close_lost_runs
+from flows.lost import close_lost_runs, expect_heartbeats
 from flows.services import HOME, PREFECT, ServiceError
 from flows.stage import limit
 from flows.stages import PipelineError, all_stages, students
@@ -59,7 +59,7 @@ def expand(template: Mapping[str, Any], names: Sequence[str], pools: Sequence[st
 def deploy(pools: bool = False) -> list[str]:
     """Deploy every student, delete the deployments of students that are gone, and return the students' deployments.
 
-    pools: have the flows start each stage in its pool, by the deployments `stage/POOL`.
+    pools: have the flows start each stage in its pool, by the deployments `stage/POOL`, and runs whose machine is lost marked.
     Raises ServiceError where Prefect refuses, PipelineError where there is no graph.
     """
     stages = all_stages() if pools else []
@@ -76,6 +76,8 @@ def deploy(pools: bool = False) -> list[str]:
         for deployment in client.read_deployments(deployment_filter=tagged):
             if deployment.name not in names:
                 client.delete_deployment(deployment.id)
+    if pools:
+        expect_heartbeats(["distill", "stage"])
     return [name for name in names if name in named]
 
 

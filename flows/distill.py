@@ -119,7 +119,7 @@ def run_stage(stage: str, flow_run: str, parent_run: str, where: tuple[str, str]
     if where is None:
         return state_of(reproduce(stage, flow_run, parent_run, show=get_run_logger().info))
     pool, at = where
-    ended = run_in_pool(stage, pool, parent_run, at)
+    ended = run_in_pool(stage, pool, parent_run, at, show=get_run_logger().info)
     return Completed() if ended.is_completed() else Failed(name=ended.name, message=ended.message)
 
 

@@ -2,8 +2,12 @@
 
 Each flow run is labelled with its process. Whoever starts next on the same host closes the runs whose process is gone:
 Prefect would show them as running for ever, and one of a deployment would hold its deployment's turn.
+
+A machine that is lost has no such successor. Flow runs send heartbeats (prefect.toml), and with pools an automation of
+Prefect's marks a run that is silent as crashed.
 """
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -21,6 +25,8 @@ from prefect.client.schemas.filters import (
     TaskRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.states import Crashed
 
 from flows.repro import clean_up
@@ -30,11 +36,42 @@ _UNFINISHED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 # A run labels itself in its first second.
 _LABELLED_AFTER = timedelta(minutes=1)
 
+SILENT = timedelta(seconds=90)
+"""Silence after which a flow run counts as lost: three heartbeats."""
+# Of a run in one of these no heartbeats come, and its machine is not lost: ends, ours (flows.stage.state_of) too, and waiting.
+_SILENT_STATES = ("Completed", "Failed", "Stopped", "Refused", "Cancelled", "Crashed", "Suspended", "Paused")
+_AUTOMATION = "koala: a flow run whose machine is silent has crashed"
+
 
 def label(flow_run: str) -> None:
     """Say in Prefect that this process carries the flow run."""
     with get_client(sync_client=True) as client:
         client.update_flow_run_labels(UUID(flow_run), {**tracking.this_process()})
+
+
+def expect_heartbeats(flows: Sequence[str]) -> None:
+    """Have Prefect mark a run of these flows as crashed that sent heartbeats and then nothing for `SILENT`."""
+    trigger = EventTrigger(
+        posture=Posture.Proactive,
+        after={"prefect.flow-run.heartbeat"},
+        expect={f"prefect.flow-run.{name}" for name in ("heartbeat", *_SILENT_STATES)},
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related={"prefect.resource.role": "flow", "prefect.resource.name": list(flows)},
+        for_each={"prefect.resource.id"},
+        threshold=1,
+        within=SILENT,
+    )
+    lost = ChangeFlowRunState(
+        name="Crashed",
+        state=StateType.CRASHED,
+        message=f"no heartbeat for {SILENT.seconds} s, so its machine was lost",
+        force=False,
+    )
+    automation = AutomationCore(name=_AUTOMATION, trigger=trigger, actions=[lost])
+    with get_client(sync_client=True) as client:
+        for old in client.read_automations_by_name(_AUTOMATION):
+            client.delete_automation(old.id)
+        client.create_automation(automation)
 
 
 def close_lost_runs(flow: str, no_worker: bool = False) -> None:

@@ -23,6 +23,10 @@ from koala import tracking
 from koala.provenance import git_commit
 
 POLL_SECONDS = 2.0
+MACHINES = 3
+"""Machines that a stage may be lost with: one that takes its machine down would take all."""
+LOST_SECONDS = 10.0
+"""Pause before a lost stage starts again: what a machine needs may be away for a moment."""
 
 
 def commit() -> str:
@@ -37,8 +41,25 @@ def commit() -> str:
     return found
 
 
-def run_in_pool(stage: str, pool: str, parent_run: str, at: str) -> State[Any]:
-    """Run a stage on a machine of `pool`, at commit `at`, and return how it ended. Whatever interrupts this cancels it."""
+def run_in_pool(stage: str, pool: str, parent_run: str, at: str, show: Callable[[str], None]) -> State[Any]:
+    """Run a stage on a machine of `pool`, at commit `at`, and return how it ended. Whatever interrupts this cancels it.
+
+    A stage whose machine was lost starts again, on whichever machine of the pool is free, and resumes from what the lost one
+    left where others see it. Prefect itself does not retry a run that crashed.
+    """
+    for left in reversed(range(MACHINES)):
+        run, state = _run_once(stage, pool, parent_run, at)
+        if not state.is_crashed():
+            break
+        tracking.close_runs(str(run))  # the lost machine cannot
+        if left:
+            show(f"{stage}: lost in run {run} ({state.message}): it starts again on a machine of pool {pool}")
+            time.sleep(LOST_SECONDS)
+    return state
+
+
+def _run_once(stage: str, pool: str, parent_run: str, at: str) -> tuple[UUID, State[Any]]:
+    """Start a stage by its pool's deployment, and wait for its end. Return the flow run and how it ended."""
     run = run_deployment(
         f"stage/{pool}",
         parameters={"stage": stage, "parent_run": parent_run},
@@ -47,7 +68,7 @@ def run_in_pool(stage: str, pool: str, parent_run: str, at: str) -> State[Any]:
     )
     assert isinstance(run, FlowRun)  # not a coroutine: this is no async function
     try:
-        return _wait(run.id)
+        return run.id, _wait(run.id)
     except BaseException:
         with get_client(sync_client=True) as client:
             client.set_flow_run_state(run.id, Cancelling())

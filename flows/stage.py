@@ -18,6 +18,9 @@ from flows.repro import Outcome, clean_up, reproduce_in_clone
 from flows.stages import LOCK
 from koala import tracking
 
+LEASE_SECONDS = 120.0
+"""How long a stage's turn is lent. Prefect renews it while the stage runs."""
+
 
 def limit(stage: str) -> str:
     """Name the concurrency limit that lets one flow at a time run a stage: a second one restores what the first made."""
@@ -48,7 +51,8 @@ def stage(stage: str, parent_run: str) -> State[Any]:
     """Run or restore one stage in this clone; push what it made, and log dvc.lock to the parent's MLflow run."""
     flow_run = str(current.get_id())
     label(flow_run)
-    with concurrency(limit(stage), strict=True):
+    # A machine that is lost holds its turn for as long as its lease. A server that is down for longer costs a turn, not the work.
+    with concurrency(limit(stage), strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False):
         tracking.fetch(parent_run, LOCK.name, Path())
         outcome = reproduce_in_clone(stage, flow_run, parent_run, show=get_run_logger().info)
         if outcome.status == 0:

@@ -1,7 +1,7 @@
 """The base of every configuration type."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
@@ -24,6 +24,10 @@ class Config(BaseModel):
     def resume_key(self) -> dict[str, Any]:
         """Return the part of `recipe()` that interrupted work must share to be resumed."""
         return self.recipe()
+
+    def of_work(self, name: str) -> Self:
+        """Return the configuration for a work folder, whose name is the same on every machine."""
+        return self
 
 
 def _tagged(value: Any) -> Any:

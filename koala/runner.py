@@ -82,7 +82,8 @@ class Job:
         tags |= {"student": self.student} if self.student else {}
         tags |= {f"data_hash.{noun}": found for noun, found in hashes.items()}
         experiment, values = f"koala-{self.params.profile}", {self.stage: self.config.recipe()}
-        with _alone(work), tracking.stage_run(experiment, self.name, values, tags, work) as run:
+        inputs = {folder: hashes[noun] for noun, folder in self.inputs.items()}
+        with _alone(work), tracking.stage_run(experiment, self.name, values, tags, work, inputs) as run:
             out = work / "out"
             out.mkdir(exist_ok=True)
             if (work / STATE).is_dir():  # killed between the two moves of `_publish`
@@ -90,7 +91,7 @@ class Job:
             self._say_of_others(work)
             (work / _FINISHED).unlink(missing_ok=True)
             (work / "recipe.json").write_text(json.dumps(self.config.recipe(), indent=2) + "\n")
-            function(self.config, **self.inputs, out=out, run=run)
+            function(self.config.of_work(work.relative_to(WORK).as_posix()), **self.inputs, out=out, run=run)
             made_by = self._publish(work, out, hashes, run.id)
             run.artifact(self.artifact / provenance.FILE)
             run.tags({"data_hash": made_by["content"]})

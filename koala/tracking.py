@@ -3,6 +3,9 @@
 The store is `sqlite:///mlflow.db` unless MLFLOW_TRACKING_URI names another. A flow passes its run to the stages in
 KOALA_PARENT_RUN, and its own id in KOALA_FLOW_RUN. Links lead to http://127.0.0.1:5000 unless KOALA_MLFLOW_UI names another.
 
+A stage's run names the artifacts that it reads as data sets, and has curves of its machine (GPUs too, where nvidia-ml-py is
+installed) unless MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is false.
+
 Every run is tagged with the process that carries it. A process that was killed by SIGKILL cannot close its run: the next
 process on the same host does.
 """
@@ -51,6 +54,8 @@ _TRAINING_KIND = {"mlflow.experimentKind": "custom_model_development"}
 # A view that MLflow's UI keeps in a tag of the experiment, and that an address can name. Seen to work with MLflow 3.17.
 _VIEW = "koala"
 _VIEW_TAG = f"mlflow.sharedViewState.{_VIEW}"
+_SYSTEM_METRICS = "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"  # MLflow's own switch, which it does not heed for such runs
+_LONGEST_DIGEST = 36
 # psutil derives a start time from the time of boot, which can move by a second when the clock is set.
 _SAME_START_SECONDS = 2.0
 
@@ -128,7 +133,12 @@ class StageRun(Run):
 
 @contextmanager
 def stage_run(
-    experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str], work: Path
+    experiment: str,
+    name: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    work: Path,
+    inputs: Mapping[Path, str] | None = None,
 ) -> Iterator[StageRun]:
     """Open a stage's run, a child of the flow's run if a flow started it; close it as the block ended.
 
@@ -136,6 +146,7 @@ def stage_run(
     work: the stage's folder of unfinished work. It keeps the run's id, so that interrupted work resumes in the same run
         and its curves have no seam. A run that finished, or that logged other params, is not reopened: the new run names it
         in its tag `continues`.
+    inputs: the content hash of each artifact that the stage reads, by its folder.
     """
     values = _as_logged(params)
     kept = _kept_run(work)
@@ -151,7 +162,38 @@ def stage_run(
         partial = work / f"{_RUN_ID}.partial"
         partial.write_text(run.id)
         partial.replace(work / _RUN_ID)
-        yield run
+        _log_inputs(run.id, inputs or {})
+        with _machine_watched(run.id):
+            yield run
+
+
+def _log_inputs(run_id: str, inputs: Mapping[Path, str]) -> None:
+    """Log artifacts as data sets of a run. MLflow knows a data set by its name and digest: one that is there stays one."""
+    from mlflow.entities import Dataset, DatasetInput
+
+    if inputs:
+        datasets = [
+            Dataset(folder.as_posix(), digest[:_LONGEST_DIGEST], "local", json.dumps({"uri": folder.as_posix()}))
+            for folder, digest in inputs.items()
+        ]
+        _client().log_inputs(run_id, [DatasetInput(dataset, tags=[]) for dataset in datasets])
+
+
+@contextmanager
+def _machine_watched(run_id: str) -> Iterator[None]:
+    """Log curves of this machine to a run inside the block: processors, memory, disk, network, NVIDIA's GPUs."""
+    if os.environ.get(_SYSTEM_METRICS, "true").lower() in ("false", "0"):
+        yield
+        return
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=_store())
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
 
 
 @contextmanager
@@ -221,7 +263,11 @@ def _client() -> "MlflowClient":
 
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
+    return MlflowClient(tracking_uri=_store())
+
+
+def _store() -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
 def _experiment(client: "MlflowClient", name: str) -> str:

@@ -22,6 +22,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")  # tests of it ask for it
 
 
 # Files whose tests start processes of their own, or take more than a few seconds: `make test-fast` leaves them out.
@@ -35,6 +36,7 @@ SLOW = (
     "distill/test_launch.py",
     "distill/test_machines.py",
     "distill/test_memory.py",
+    "distill/test_remote_checkpoints.py",
     "distill/test_resume.py",
     "distill/test_trainer.py",
     "distill/test_validation.py",

@@ -57,6 +57,7 @@ HOUSEKEEPING = {
     "koala/data/executor.py",
     "koala/data/filter_report.py",
     "koala/data/scores/base.py",
+    "koala/distill/remote_checkpoints.py",
     "koala/data/scores/known.py",
     "koala/data/tally.py",
     "koala/data/manifest.py",

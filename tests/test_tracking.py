@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,3 +260,44 @@ def test_no_secret_of_the_environment_is_tracked(open_run, monkeypatch: pytest.M
         pass
     (found,) = runs()
     assert "hidden-value" not in str(found.to_dictionary())
+
+
+def test_what_a_stage_reads_are_data_sets_of_its_run(tmp_path: Path) -> None:
+    latents = Path("artifacts/smoke/latents")
+    for name, digest in (("one", "a" * 64), ("other", "a" * 64), ("third", "b" * 64)):
+        (tmp_path / name).mkdir()
+        with tracking.stage_run("koala-smoke", name, PARAMS, {}, tmp_path / name, {latents: digest}):
+            pass
+    found = [[(each.dataset.name, each.dataset.digest) for each in run.inputs.dataset_inputs] for run in runs()]
+    assert found == [[("artifacts/smoke/latents", digest * 36)] for digest in "aab"]
+
+
+def test_a_run_has_curves_of_its_machine_which_resuming_continues(open_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+
+    def points() -> list[int]:
+        run = runs()[0].info.run_id
+        return [point.step for point in client().get_metric_history(run, "system/system_memory_usage_megabytes")]
+
+    def work(until: int) -> None:
+        with open_run():
+            deadline = time.monotonic() + 30
+            while len(points()) < until:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            raise KeyboardInterrupt
+
+    for until in (2, 4):
+        with pytest.raises(KeyboardInterrupt):
+            work(until)
+    assert len(runs()) == 1
+    assert points() == list(range(len(points())))
+
+
+def test_a_machine_can_be_left_unwatched(open_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    with open_run():
+        time.sleep(0.5)
+    assert not any(name.startswith("system/") for name in runs()[0].data.metrics)

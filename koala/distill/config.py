@@ -74,6 +74,11 @@ class DistillMachine(Config):
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints that are kept."""
+    checkpoints: str | None = Field(default=None, pattern=r"^s3://[^/?#]+(/[^?#]*)?$")
+    """Where checkpoints go besides, as `s3://bucket/prefix`, for machines that share no disk: a stage whose machine was lost
+    resumes from there on another. The last two are kept, under the name of the work folder. Left out: nowhere."""
+    checkpoints_minutes: float = Field(default=10, ge=0)
+    """Minutes between checkpoints that go to `checkpoints`: what a lost machine costs at most, beside `checkpoint_every`."""
     log_every: int = Field(default=10, gt=0)
     """Steps between logged losses."""
     validate_every: int = Field(default=1000, gt=0)
@@ -138,6 +143,13 @@ class DistillConfig(Config):
         if self.schedule == "constant":
             del key["steps"]
         return key
+
+    def of_work(self, name: str) -> Self:
+        """Return the recipe with the checkpoints in S3 under the name of the work folder: each training has its own."""
+        if self.machine.checkpoints is None:
+            return self
+        machine = self.machine.model_copy(update={"checkpoints": f"{self.machine.checkpoints.rstrip('/')}/{name}"})
+        return self.model_copy(update={"machine": machine})
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -7,7 +7,7 @@ from PIL import Image
 
 from koala.console import say
 from koala.data.captions.mixed import align
-from koala.distill import curves
+from koala.distill import curves, remote_checkpoints
 from koala.distill.config import DistillConfig
 from koala.distill.job import FILE, NEW_CAPTIONS, UNET, VALIDATION, Job, checkpoints
 from koala.distill.launch import launch
@@ -19,9 +19,9 @@ def distill(
 ) -> None:
     """Distil `teacher` into `student` on encoded samples: `out` becomes the trained pipeline, with its curves.
 
-    Training resumes from the newest checkpoint in the state folder. Of a finished run at a constant rate the last
-    checkpoint is kept, so that more steps continue it. Raises KoalaError where the launch configuration cannot run the
-    recipe, and SystemExit with the training's own status where that stopped.
+    Training resumes from the newest checkpoint in the state folder, or at `config.machine.checkpoints`. Of a finished run
+    at a constant rate the last checkpoint is kept, so that more steps continue it. Raises KoalaError where the launch
+    configuration cannot run the recipe, and SystemExit with the training's own status where that stopped.
     """
     state = out / STATE
     state.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,14 @@ def distill(
     job = Job(config=config, latents=latents, teacher=teacher, student=student, new_captions=new_captions, state=state)
     if not _is_trained(job):
         shutil.rmtree(job.state / UNET, ignore_errors=True)
-        launch(config, job.write(), follow=_Reporter(job.state, run).report)
+        reporter = _Reporter(job.state, run)
+        with remote_checkpoints.kept(config.machine, state) as push:
+
+            def follow() -> None:
+                reporter.report()
+                push()
+
+            launch(config, job.write(), follow=follow)
     shutil.copytree(student, out, ignore=_all_but_components, copy_function=shutil.copyfile, dirs_exist_ok=True)
     shutil.rmtree(out / "unet", ignore_errors=True)
     shutil.copytree(job.state / UNET, out / "unet")

@@ -17,7 +17,7 @@ from koala.evaluate import extractors, page, report
 from koala.evaluate.config import EvaluateConfig
 from koala.evaluate.cost import costs
 from koala.evaluate.generation import generate_images
-from koala.evaluate.images import read_images
+from koala.evaluate.images import OVERVIEW, overview, read_images
 from koala.evaluate.metrics.base import SetFigure
 from koala.evaluate.prompts import Prompt, seeded_prompts
 from koala.evaluate.statistics import CONFIDENCE, RESAMPLES, Estimate, by_category, estimate, from_draws
@@ -118,6 +118,7 @@ def evaluate(
         out / "plots",
         pinned,
     )
+    run.image(overview(images["after"]), OVERVIEW, 0)
     _log(run, out, measured, derived, {f"lower_bound/{name}": lower for name, (lower, _) in bounds.items()})
     say((out / "summary.txt").read_text())
 

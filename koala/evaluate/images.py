@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 PROMPTS = "prompts.jsonl"
 SETTINGS = "settings.json"
+OVERVIEW = "images"
+"""Key under which every model's run shows its first images, so that MLflow puts models side by side."""
+_SHOWN = 16
 
 
 class Images(Sequence["Image"]):
@@ -41,6 +44,13 @@ class Images(Sequence["Image"]):
         if isinstance(index, slice):
             return [_open(file) for file in self._files[index]]
         return _open(self._files[index])
+
+
+def overview(images: Sequence["Image"]) -> "Image":
+    """Return a model's first images as one: of all models the same prompts and seeds."""
+    from koala.plots import tiles
+
+    return tiles(images[:_SHOWN], across=4)
 
 
 def image_file(folder: Path, number: int) -> Path:

@@ -4,10 +4,9 @@ from pathlib import Path
 
 from koala.evaluate.config import EvaluateConfig
 from koala.evaluate.generation import generate_images
+from koala.evaluate.images import OVERVIEW, overview
 from koala.evaluate.prompts import seeded_prompts
 from koala.run import Run
-
-_SHOWN = 16  # images in the sheet that the run shows
 
 
 def reference(config: EvaluateConfig, teacher: Path, out: Path, run: Run) -> None:
@@ -15,9 +14,7 @@ def reference(config: EvaluateConfig, teacher: Path, out: Path, run: Run) -> Non
 
     `out` holds 000000.png, 000001.png, ..., prompts.jsonl (text and seed of each) and settings.json.
     """
-    from koala.plots import tiles
-
     prompts = seeded_prompts(config.prompts, config.count, config.seed)
     images = generate_images(teacher, prompts, config, out, "reference")
     run.metrics({"images": len(images)})
-    run.image(tiles(images[:_SHOWN], across=4), "teacher", 0)
+    run.image(overview(images), OVERVIEW, 0)

@@ -79,7 +79,7 @@ def test_each_model_is_measured_on_its_own_images(judged, make_config, tmp_path,
     assert recorder.logged["projection"] == metrics["after"]["projection"]
     assert recorder.logged["before.projection"] == metrics["before"]["projection"]
     assert recorder.logged["teacher.step_ms"] == metrics["teacher"]["step_ms"]
-    assert recorder.images == [("grid", 0)]
+    assert recorder.images == [("images", 0), ("grid", 0)]
     assert {"report.html", "metrics.json", "summary.md", "summary.txt", "plots", "curves"} <= set(recorder.files)
 
 

@@ -57,7 +57,7 @@ def test_reference_is_the_teachers_images_with_their_prompts(tiny_teacher, make_
     for one, other in zip(together, images, strict=True):
         assert difference(one, other) <= 1
     assert recorder.logged["images"] == 4
-    assert recorder.images == [("teacher", 0)]
+    assert recorder.images == [("images", 0)]
 
 
 def test_interrupted_generation_resumes(

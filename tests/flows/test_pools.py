@@ -4,13 +4,18 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 
 import boto3
 import pytest
 import yaml
+from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import State, StateType
 
 from flows import distill as module
 from flows import pools
@@ -18,6 +23,7 @@ from flows.deployments import deploy
 from flows.distill import distill
 from flows.repro import Outcome, reproduce_in_clone
 from flows.stages import PipelineError, all_stages, pipeline
+from koala import tracking
 from koala.provenance import git_commit
 
 ROOT = Path(__file__).parents[2]
@@ -253,3 +259,38 @@ def test_what_a_machine_lacks_is_told_in_a_line_each(
     assert all(part in told[name] for name, part in failed.items()), log
     assert "secret" not in log
     assert status == (2 if failed else 0)
+
+
+@pytest.mark.parametrize(("ends", "expected"), [(["CRASHED", "COMPLETED"], "COMPLETED"), (["CRASHED"] * 3, "CRASHED")])
+def test_a_stage_whose_machine_is_lost_starts_again_at_most_twice(
+    client: SyncPrefectClient,
+    shared: Path,
+    mlflow_store: str,
+    monkeypatch: pytest.MonkeyPatch,
+    ends: list[str],
+    expected: str,
+) -> None:
+    """No machine is there: the test says how each run ended, as the automation would."""
+    monkeypatch.setattr(pools, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(pools, "LOST_SECONDS", 0.0)
+    monkeypatch.setenv("PREFECT_API_URL", str(client.api_url).rstrip("/"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
+    deploy(pools=True)
+    said: list[str] = []
+    statuses = []
+    with ThreadPoolExecutor() as threads, tracking.flow_run("koala-demo", "parent", "parent") as parent:
+        ended = threads.submit(
+            copy_context().run, pools.run_in_pool, "knead", "cpu", parent.id, "a-commit", said.append
+        )
+        for end in ends:
+            while not (found := [run for run in client.read_flow_runs() if run.state_name == "Scheduled"]):
+                assert not ended.done(), ended.result()
+                time.sleep(0.05)
+            with tracking.flow_run("koala-demo", "knead", str(found[0].id)) as run:  # of the machine
+                client.set_flow_run_state(found[0].id, State(type=StateType(end)), force=True)
+                while len(said) < sum(each == "CRASHED" for each in ends[: len(statuses) + 1]) and not ended.done():
+                    time.sleep(0.05)
+                statuses.append(MlflowClient(mlflow_store).get_run(run.id).info.status)
+        assert ended.result(30).type.value == expected
+    assert statuses == ["KILLED" if end == "CRASHED" else "RUNNING" for end in ends]
+    assert len(said) == ends[:2].count("CRASHED")
