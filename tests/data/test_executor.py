@@ -1,6 +1,7 @@
 """Work shared by processes, here or on a Ray cluster: what they find arrives, and none is left behind."""
 
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -46,7 +47,9 @@ def test_each_item_is_worked_on_once_by_processes_of_their_own(engine: Engine) -
     found = share(shares.places, range(7), 3, engine)
     assert sorted(item for item, _, _ in found) == list(range(7))
     assert {(item, rank) for item, rank, _ in found} == {(item, item % 3) for item in range(7)}
-    assert len({process for _, _, process in found}) == 3
+    processes = {process for _, _, process in found}
+    assert os.getpid() not in processes
+    assert len(processes) == 3 or engine == "ray"  # whose processes may take a part each after another
     assert not multiprocessing.active_children()
 
 

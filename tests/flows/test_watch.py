@@ -369,7 +369,7 @@ def test_with_pools_the_stages_run_at_the_commit(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
     asked = []
-    monkeypatch.setattr(distilling, "run_in_pool", lambda *given: asked.append(given) or Completed())
+    monkeypatch.setattr(distilling, "run_in_pool", lambda *given, show: asked.append(given) or Completed())
     for name in ("bring_back", "make_artifacts"):
         monkeypatch.setattr(distilling, name, lambda *_, **__: None)
     (project / "stage.py").write_text("# half written\n")

@@ -179,7 +179,9 @@ def test_mlflow_has_a_run_for_each_stage(reproduced: str, project: Path) -> None
     assert set(distilled.data.tags) >= {"stage", "commit", "student", "data_hash.latents", "data_hash.teacher"}
     steps = [metric.step for metric in client.get_metric_history(distilled.info.run_id, "loss/total")]
     assert steps == [2, 3, 4, 6]  # every second, and where held-out samples are measured
-    one, other = (set(runs[f"evaluate@{student}"].data.metrics) for student in STUDENTS)
+    logged = [runs[f"evaluate@{student}"].data.metrics for student in STUDENTS]
+    # A run too short for two samples of the machine has fewer curves of it.
+    one, other = ({name for name in metrics if not name.startswith("system/")} for metrics in logged)
     assert one == other
     assert "attributes/all" in one
 
