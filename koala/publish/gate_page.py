@@ -49,7 +49,10 @@ def write(
         f"<p>{escape(student)} {outcome} of publish.require.</p>",
         page.table(
             ("rule", "judged", "verdict"),
-            [(str(each.rule), str(each), "passed" if each.passed else "failed") for each in verdicts],
+            [
+                (str(each.rule), str(each).removeprefix(f"{each.rule}: "), "passed" if each.passed else "failed")
+                for each in verdicts
+            ],
         ),
         "<h2>Figures</h2>",
         page.table(("", *columns), _figures(columns, metrics["after"])),
@@ -73,4 +76,4 @@ def _figures(columns: Mapping[str, Mapping[str, Any]], ours: Mapping[str, Any]) 
 def _number(value: Any) -> str:
     if not isinstance(value, int | float):
         return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+    return f"{value:,.4g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}"
