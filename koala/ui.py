@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 _STEPS, _GUIDANCE = 100, 20.0  # the sliders' ends
-_STYLE = "footer { display: none !important; }"
+_HEIGHT = 480  # px of an image on the page
+_STYLE = """
+footer { display: none !important; }
+.image-frame img { width: 100%; height: 100%; object-fit: contain; }
+"""
 
 
 def serve(
@@ -73,8 +77,10 @@ def build(models: "Mapping[str, StableDiffusionXLPipeline]", sampling: SamplingC
         with gradio.Row():
             for model in models:
                 with gradio.Column():
+                    name = "/".join(Path(model).parts[-2:])
+                    buttons: Any = ["download", "fullscreen"]
                     outputs.append(
-                        gradio.Image(label="/".join(Path(model).parts[-2:]), format="png", interactive=False)
+                        gradio.Image(label=name, format="png", interactive=False, height=_HEIGHT, buttons=buttons)
                     )
                     outputs.append(gradio.Textbox(show_label=False, interactive=False, container=False))
         inputs = [prompt, negative, seed, steps, guidance]
