@@ -35,7 +35,7 @@ class Retraining:
     branch: str
     commit: str
     is_new: bool
-    """Whether this call made it."""
+    """True if this call made it."""
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
 from flows.lost import close_lost_runs, expect_heartbeats
-from flows.services import HOME, PREFECT, ServiceError
+from flows.services import HOME, PREFECT, ServiceError, require_server
 from flows.stage import limit
 from flows.stages import PipelineError, all_stages, students
 from koala.console import say, show
@@ -111,6 +111,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     try:
+        require_server()
         close_lost_runs("distill")  # of a worker that was killed: they would hold their deployment's turn
         for name in deploy(arguments.pools):
             show(f"distill/{name}")

@@ -32,7 +32,7 @@ _NEEDS_GPU = "gpu"
 
 
 class CheckError(Exception):
-    """What a machine lacks. Its text is one line: what is wrong, and what to do."""
+    """A machine lacks something. Its text is one line: what is wrong, and what to do."""
 
 
 def server(url: str) -> str:
@@ -63,10 +63,16 @@ def repository(address: str, folder: Path) -> str:
 
 def remote(clone: Path) -> str:
     """Check that DVC's default remote can be listed, written and read."""
+    from dvc.config import NoRemoteError
     from dvc.repo import Repo
 
     with chdir(clone), Repo() as repo:
-        store = repo.cloud.get_remote_odb()
+        try:
+            store = repo.cloud.get_remote_odb()
+        except NoRemoteError:
+            raise CheckError(
+                "the repository names no remote of DVC's: `dvc remote add -d NAME URL`, and commit it"
+            ) from None
         probe = store.fs.join(store.path, f".joins-{os.getpid()}")
         store.fs.pipe_file(probe, b"a machine joins")
         if store.fs.cat_file(probe) != b"a machine joins":

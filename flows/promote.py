@@ -33,6 +33,7 @@ from prefect.input import RunInput
 from prefect.runtime import flow_run as current
 from prefect.states import Completed, Failed
 
+from flows.services import ServiceError, require_server
 from flows.stages import promotes_by_itself
 from koala import tracking
 from koala.console import say
@@ -138,7 +139,12 @@ def main() -> int:
     parser.add_argument("--because", default="", help="why")
     parser.add_argument("--by", default=getpass.getuser(), help="who says so; left out: the account's name")
     arguments = parser.parse_args()
-    answered = answer(arguments.student, arguments.yes, arguments.by, arguments.because)
+    try:
+        require_server()
+        answered = answer(arguments.student, arguments.yes, arguments.by, arguments.because)
+    except ServiceError as error:
+        say(f"promote: {error}")
+        return 2
     for name in answered:
         say(f"promote: answered: {name}")
     if not answered:

@@ -20,7 +20,7 @@ LAST_STAGE = "publish"
 """The stage that a student's flow brings up to date, with all that it needs."""
 
 LOCK = Path("dvc.lock")
-"""What DVC knows of the stages that have run."""
+"""DVC's record of the stages that have run."""
 DEFAULT_POOL = "cpu"
 """Pool of a stage whose `meta` in dvc.yaml names none."""
 

@@ -1,5 +1,7 @@
 """Deployments: one a student, from one template."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,8 +9,9 @@ import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
 
-from flows import deployments
+from flows import deployments, join
 from flows.deployments import TEMPLATE, deploy, expand
+from flows.services import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,3 +97,19 @@ def test_a_refusal_of_prefects_is_one_line(
     monkeypatch.setattr("sys.argv", ["flows.deployments"])
     assert deployments.main() == 2
     assert capsys.readouterr().err == "deployments: prefect deploy failed: see .prefect/deploy.log\n"
+
+
+@pytest.mark.parametrize("command", [["flows.deployments"], ["flows.promote", "koala-a", "--yes"]])
+def test_a_server_that_does_not_answer_is_one_line(project: Path, outside: dict[str, str], command: list[str]) -> None:
+    environment = {**outside, "PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}
+    said = subprocess.run(
+        [sys.executable, "-m", *command], cwd=project, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert said.returncode == 2, said.stderr
+    (line,) = said.stderr.splitlines()
+    assert "does not answer (ConnectError): `make serve` starts one" in line
+
+
+def test_a_repository_without_a_remote_is_one_line(project: Path) -> None:
+    with pytest.raises(join.CheckError, match="names no remote of DVC's: `dvc remote add -d NAME URL`"):
+        join.remote(project)
