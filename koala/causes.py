@@ -1,4 +1,4 @@
-"""What may be a reason to retrain: the source's content, the teacher's branch, the filter's report beside the champion's.
+"""Reasons to retrain: the source's content, the teacher's branch, the filter's report beside the champion's.
 
 A cause is found without changing anything. Its change is then made in a worktree, and committed.
 """
@@ -30,9 +30,9 @@ class Cause:
     """A reason to retrain."""
 
     name: str
-    """What it is, in a few words."""
+    """The change in a few words."""
     state: str
-    """What tells this change from the next one of its kind."""
+    """Text that differs from one change of its kind to the next."""
     apply: Callable[[Path], Sequence[str]]
     """Makes the change in a worktree, and returns lines that say what it is."""
 

@@ -310,6 +310,24 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
 
 
 @pytest.fixture
+def strict_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A client of an S3 server that verifies signatures and writes to disk, with an empty bucket `koala`."""
+    import boto3
+    from seaweed import KEY, SECRET, seaweed
+
+    folder = tmp_path / "weed"
+    folder.mkdir()
+    with seaweed(folder) as (host, port):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3 = boto3.client("s3")
+        s3.create_bucket(Bucket="koala")
+        yield s3
+
+
+@pytest.fixture
 def forget_credentials(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Take all that could give credentials for S3 out of the environment."""
 

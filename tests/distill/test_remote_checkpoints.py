@@ -3,14 +3,13 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
 from ranks import Training, losses, same, weights
-from seaweed import KEY, SECRET, seaweed
 
 from koala.distill import curves
 from koala.distill.config import DistillConfig, DistillMachine
@@ -27,21 +26,6 @@ def bucket(s3_server: tuple[str, int]) -> Any:
     s3 = boto3.client("s3")
     s3.create_bucket(Bucket="koala")
     return s3
-
-
-@pytest.fixture
-def strict_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The same on a server that verifies signatures and writes to disk."""
-    folder = tmp_path / "weed"
-    folder.mkdir()
-    with seaweed(folder) as (host, port):
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3 = boto3.client("s3")
-        s3.create_bucket(Bucket="koala")
-        yield s3
 
 
 def names(s3: Any) -> list[str]:

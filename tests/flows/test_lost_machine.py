@@ -15,14 +15,12 @@ from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 import yaml
 from mlflow import MlflowClient
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from ranks import free_port, same
 from safetensors.torch import load_file
-from seaweed import KEY, SECRET, seaweed
 
 from flows import pools
 from flows.deployments import deploy
@@ -71,22 +69,7 @@ def git(folder: Path, *arguments: str) -> None:
 
 
 @pytest.fixture
-def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A server that verifies signatures, with the bucket `koala`."""
-    folder = tmp_path / "weed"
-    folder.mkdir()
-    with seaweed(folder) as (host, port):
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="koala")
-        yield client
-
-
-@pytest.fixture
-def team(project: Path, s3: Any, artifacts: Any, tmp_path: Path) -> Path:
+def team(project: Path, strict_bucket: Any, artifacts: Any, tmp_path: Path) -> Path:
     """A project with the real stage `distill` of one small student, its remote and its checkpoints in S3."""
     made = tmp_path / "made"
     for noun, folder in (
@@ -185,7 +168,7 @@ def kill(machine: str) -> None:
 def test_another_machine_resumes_from_the_checkpoint_in_s3(
     join: Callable[[str], None],
     team: Path,
-    s3: Any,
+    strict_bucket: Any,
     mlflow_store: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -199,7 +182,7 @@ def test_another_machine_resumes_from_the_checkpoint_in_s3(
         return (tmp_path / f"{name}.log").read_text()
 
     def complete() -> list[str]:
-        objects = s3.list_objects_v2(Bucket="koala", Prefix="checkpoints/").get("Contents", ())
+        objects = strict_bucket.list_objects_v2(Bucket="koala", Prefix="checkpoints/").get("Contents", ())
         return [entry["Key"] for entry in objects if entry["Key"].endswith(COMPLETE)]
 
     with tracking.flow_run("koala-smoke", "team", "team") as parent, ThreadPoolExecutor() as threads:

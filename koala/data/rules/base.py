@@ -4,8 +4,6 @@ A rule measures values of a sample and bounds them. A new rule is a file with a 
 koala/params.py. Keep rules light to import: they are read with params.yaml.
 """
 
-import io
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from koala.config import Config
+from koala.data.picture import decode
 from koala.data.shards import Sample
 
 if TYPE_CHECKING:
@@ -42,19 +41,8 @@ class View:
 
 
 def look(data: bytes) -> View:
-    """Decode a JPEG, PNG or WebP image. Refuse one with more pixels than Pillow considers safe."""
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-            image.load()
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            return View(None, "decompression_bomb")
-        except Exception:  # Pillow's decoders raise anything on broken bytes
-            return View(None, "undecodable")
-    return View(image)
+    """Decode a JPEG, PNG or WebP image."""
+    return View(*decode(data))
 
 
 class Rule(Config, ABC):
