@@ -22,7 +22,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
 from flows.lost import close_lost_runs, expect_heartbeats
-from flows.services import HOME, PREFECT, ServiceError, require_server
+from flows.server import require_server
+from flows.services import HOME, PREFECT, ServiceError
 from flows.stage import limit
 from flows.stages import PipelineError, all_stages, students
 from koala.console import say, show

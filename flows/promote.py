@@ -33,7 +33,8 @@ from prefect.input import RunInput
 from prefect.runtime import flow_run as current
 from prefect.states import Completed, Failed
 
-from flows.services import ServiceError, require_server
+from flows.server import require_server
+from flows.services import ServiceError
 from flows.stages import promotes_by_itself
 from koala import tracking
 from koala.console import say

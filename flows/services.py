@@ -12,7 +12,6 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import psutil
-from prefect.client.orchestration import get_client
 
 from flows.processes import end, guarded, release
 
@@ -31,16 +30,6 @@ _POLL_SECONDS = 0.1
 
 class ServiceError(Exception):
     """A service that did not start, or that died. Its text is one line."""
-
-
-def require_server() -> None:
-    """Raise ServiceError where Prefect's server does not answer."""
-    with get_client(sync_client=True) as client:
-        if error := client.api_healthcheck():
-            raise ServiceError(
-                f"Prefect at {client.api_url} does not answer ({type(error).__name__}): `make serve` starts one, "
-                "PREFECT_API_URL names another"
-            )
 
 
 class Service:
