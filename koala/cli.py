@@ -539,6 +539,9 @@ def bench_train(
         str | None, typer.Option(help="whose recipe; left out: sdxl on a CUDA GPU, demo on a CPU")
     ] = None,
     machine: MachineName = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="images of a step; left out: the recipe's. Fewer take fewer minutes")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps that are timed, after four that are not")] = 6,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="measurements of each recipe; left out: 1 on a GPU, 3 on a CPU")
@@ -550,7 +553,7 @@ def bench_train(
     """Measure distillation: ours beside the plain recipe."""
     from koala.bench.train import bench
 
-    bench(name, profile, machine, steps, rounds, ablate, out, plot)
+    bench(name, profile, machine, batch_size, steps, rounds, ablate, out, plot)
 
 
 @bench.command("infer")

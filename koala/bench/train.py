@@ -22,6 +22,7 @@ def bench(
     student: str,
     profile: str | None,
     machine: str | None,
+    batch_size: int | None,
     steps: int,
     rounds: int | None,
     ablate: bool,
@@ -31,7 +32,7 @@ def bench(
     """Measure and show; the raw figures go to `out`, a plot of where time went to `plot`.
 
     `profile` and `machine`, left out, are `sdxl` on `gpu-80gb` where there is a CUDA GPU and `demo` on `cpu` where there is
-    none. In each of `rounds` the variants take turns, and the run of median speed counts. Where memory runs out, a variant's
+    none; `batch_size`, left out, is the recipe's. In each of `rounds` the variants take turns, and the run of median speed counts. Where memory runs out, a variant's
     micro-batch is halved until it fits. Raises KoalaError for an unknown student, profile or machine, and where the machine
     lacks what the profile needs.
     """
@@ -41,6 +42,8 @@ def bench(
     default = ("sdxl", "gpu-80gb") if cuda else ("demo", "cpu")
     params = load(profile=profile or default[0], machine=machine or default[1])
     config = params.distill(student)
+    if batch_size:
+        config = config.model_copy(update={"batch_size": batch_size})
     check(params.profile, params.requires, "bench")
     variants: dict[str, dict[str, Any]] = {runner.PLAIN: {}, OURS: {}}
     if ablate:
@@ -63,7 +66,7 @@ def bench(
                 "machine": params.machine,
                 "steps": steps,
             }
-            changes = {**variants[name], "micro_batch": sizes[name]}
+            changes = {**variants[name], "batch_size": config.batch_size, "micro_batch": sizes[name]}
             figures = runner.run("train_worker", {**spec, "changes": changes})
             if figures != runner.OUT_OF_MEMORY or sizes[name] == 1:
                 break
@@ -78,6 +81,7 @@ def bench(
         "student": student,
         "profile": params.profile,
         "machine": params.machine,
+        "batch_size": config.batch_size,
         "steps": steps,
         "rounds": times,
     }

@@ -63,7 +63,8 @@ class DistillMachine(Config):
     compile: bool = False
     """Compile the transformer layers of both U-Nets, one by one (torch.compile)."""
     channels_last: bool = False
-    """Keep both U-Nets' convolutions in NHWC. Not with FSDP2, which shards contiguous parameters only."""
+    """Keep both U-Nets' convolutions in NHWC. Slower where it was measured (docs/benchmarks.md): torch's group norm writes NCHW.
+    Not with FSDP2, which shards contiguous parameters only."""
     ema_offload: bool = False
     """Keep the EMA in the host's memory between steps."""
     deterministic: bool = False
