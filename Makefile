@@ -18,6 +18,8 @@ export ITERATIVE_DO_NOT_TRACK := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export NO_ALBUMENTATIONS_UPDATE := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
+# Without bytecode each process compiles what it imports anew: 11 s instead of 5 s for training.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve join repro test test-fast test-team lint format clean
