@@ -8,6 +8,8 @@ PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Files in the order of tests/conftest.py: the longest first.
+ON_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 export PATH := $(BIN):$(PATH)
 # Disable telemetry in every tool.
@@ -58,10 +60,10 @@ repro: install ## the pipeline by DVC alone, at the profile that params.yaml nam
 	@$(BIN)/dvc repro
 
 test: lint ## all checks and all tests
-	$(PYTEST) -n 2 --dist loadfile
+	$(PYTEST) $(ON_TWO)
 
 test-fast: install ## the tests that start no process of their own
-	$(PYTEST) -n 2 --dist loadfile -m "not slow and not team"
+	$(PYTEST) $(ON_TWO) -m "not slow and not team"
 
 test-team: install ## the tests that play several machines, and take minutes
 	$(PYTEST) -m team tests/flows
