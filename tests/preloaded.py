@@ -31,6 +31,8 @@ from pathlib import Path
 _CALLER = """#!{python} -SE
 import os, sys
 name = os.path.basename(sys.argv[0])
+if sys.argv[1:2] == ["-B"]:
+    del sys.argv[1]
 if name != "koala" and (len(sys.argv) < 2 or sys.argv[1].startswith("-") and sys.argv[1] not in ("-m", "-c")):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 import array, json, signal, socket
@@ -95,6 +97,7 @@ def preloaded(folder: Path) -> Iterator[Path]:
     beside = Path(sys.executable).parent
     server = subprocess.Popen(
         [sys.executable, __file__, str(address), str(folder)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -111,7 +114,8 @@ def preloaded(folder: Path) -> Iterator[Path]:
         assert server.stdout.readline() == "ready\n"
         yield folder
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait()
         shutil.rmtree(place)
 
@@ -133,6 +137,7 @@ def _serve(address: str, programs: str) -> None:
         server.listen(100)
         events.register(server, selectors.EVENT_READ)
         events.register(ended, selectors.EVENT_READ)
+        events.register(sys.stdin, selectors.EVENT_READ)  # closes with the tests, however those end
         sys.stdout.write("ready\n")
         sys.stdout.flush()
         while True:
@@ -147,6 +152,8 @@ def _serve(address: str, programs: str) -> None:
                         os.close(told)
                         _answer(call, programs)
                     calls[pid] = call
+                elif key.fileobj is sys.stdin:
+                    os.killpg(0, signal.SIGKILL)
                 else:
                     os.read(ended, 100)
                     for pid in list(calls):
