@@ -10,7 +10,6 @@ How Python, and the command `koala`, start by themselves is tested where the com
 
 import atexit
 import contextlib
-import gc
 import json
 import multiprocessing
 import os
@@ -63,29 +62,6 @@ if status < 0:
 os._exit(status)
 """
 
-_IMPORTED = (
-    "accelerate.commands.launch",
-    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
-    "koala.bench.train_worker",
-    "koala.data.download",
-    "koala.data.encode",
-    "koala.data.filter",
-    "koala.data.source",
-    "koala.data.workers",
-    "koala.distill.distill",
-    "koala.distill.train",
-    "koala.evaluate.evaluate",
-    "koala.evaluate.generation",
-    "koala.evaluate.reference",
-    "koala.process",
-    "koala.publish.publish",
-    "koala.runner",
-    "koala.teacher.tiny",
-    "koala.unet.student",
-    "matplotlib.figure",
-    "mlflow.store.tracking.sqlalchemy_store",
-    "transformers.models.clip.modeling_clip",
-)
 _MOST_FILES = 250  # that a message can carry
 
 
@@ -121,12 +97,8 @@ def preloaded(folder: Path) -> Iterator[Path]:
 
 
 def _serve(address: str, programs: str) -> None:
-    from koala.cli import QUIET
+    import warm  # noqa: F401
 
-    os.environ |= QUIET
-    for module in _IMPORTED:
-        __import__(module)
-    gc.freeze()
     ended, told = os.pipe()  # by each child that ends
     os.set_blocking(told, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
