@@ -1,5 +1,6 @@
 """The stage: real launchers and processes, stopped and resumed, and what it says when it cannot run."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -109,6 +110,8 @@ def test_a_killed_run_leaves_no_seam_in_mlflow(distillable: Path, change_params:
     for member in family:
         member.kill()
     psutil.wait_procs(family, timeout=30)
+    with (state.parents[1] / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a forked stage ends a moment after what was killed
     client, run_id = only_run(os.environ["MLFLOW_TRACKING_URI"])
     before = client.get_metric_history(run_id, "loss/total")
     resumed_from = int(checkpoints(state)[-1].name.removeprefix("step-"))
