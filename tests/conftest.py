@@ -1,6 +1,11 @@
 """What tests of several packages share: a workspace of their own, and models and latents a few numbers wide."""
 
+import gc
+import multiprocessing
+import multiprocessing.spawn
+import os
 import shutil
+import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,8 +17,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from preloaded import preloaded
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    """Keep what is imported from being looked through at each collection of garbage: half a second, with two million objects."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -70,10 +82,27 @@ SLOW = (
 )
 
 
+# Files that take longest, the longest first: begun first, they leave no worker alone with one at the end.
+LONG = (
+    "flows/test_serve.py",
+    "flows/test_pools.py",
+    "flows/test_distill.py",
+    "pipeline/test_smoke.py",
+    "distill/test_machines.py",
+    "distill/test_launch.py",
+    "distill/test_resume.py",
+    "flows/test_watch.py",
+    "bench/test_bench.py",
+    "evaluate/test_evaluate.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.relative_to(ROOT / "tests").as_posix().startswith(SLOW):
+    places = {item: item.path.relative_to(ROOT / "tests").as_posix() for item in items}
+    for item, place in places.items():
+        if place.startswith(SLOW):
             item.add_marker("slow")
+    items.sort(key=lambda item: LONG.index(places[item]) if places[item] in LONG else len(LONG))
 
 
 class Recorder:
@@ -125,6 +154,24 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowClient(f"sqlite:///{file}").search_experiments()
     return file
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with `python`, `koala` and what else lies beside this Python: they start at once, as tests/preloaded.py says."""
+    with preloaded(tmp_path_factory.mktemp("programs")) as folder:
+        yield folder
+
+
+@pytest.fixture
+def forked(programs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have every Python that this test starts, and koala for it, forked from one that has imported what they import."""
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    real = multiprocessing.spawn.get_executable()
+    multiprocessing.set_executable(sys.executable)
+    yield
+    multiprocessing.set_executable(real)
 
 
 @pytest.fixture

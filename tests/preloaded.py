@@ -1,128 +1,239 @@
-"""The command `koala` without its seconds of imports: each call is forked from a process that has imported everything.
+"""Python without its seconds of imports: each process is forked from one that has imported what koala's processes import.
 
-    with preloaded(folder) as commands:    # a folder with a program `koala`, to be first in PATH
+    with preloaded(folder) as programs:    # a folder with `koala` and `python`, and what lies beside this Python
 
-A call has the arguments, environment, working directory and standard streams of whoever made it, and is a process of its own.
-How the command starts by itself is tested where the command is.
+A call has the arguments, environment, working directory and open files of whoever made it, and is a process of its own. What
+the caller holds is a small program that passes SIGTERM and SIGINT on, ends as the call ends, and takes the call with it
+when it is killed. Whoever looks for processes by their environment finds that program.
+How Python, and the command `koala`, start by themselves is tested where the command is.
 """
 
+import atexit
+import contextlib
 import json
+import multiprocessing
 import os
+import runpy
+import selectors
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _CALLER = """#!{python} -SE
-import array, json, os, signal, socket, sys
+import os, sys
+name = os.path.basename(sys.argv[0])
+if sys.argv[1:2] == ["-B"]:
+    del sys.argv[1]
+if name != "koala" and (len(sys.argv) < 2 or sys.argv[1].startswith("-") and sys.argv[1] not in ("-m", "-c")):
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+import array, json, signal, socket
+files = []
+for file in map(int, os.listdir("/proc/self/fd")):
+    try:
+        os.fstat(file)
+    except OSError:
+        continue  # the one that listed them
+    if file < 3 or os.get_inheritable(file):
+        files.append(file)
 call = socket.socket(socket.AF_UNIX)
 call.connect({address!r})
-told = json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode()
-call.sendmsg([len(told).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
+told = json.dumps([name, sys.argv[1:], dict(os.environ), os.getcwd(), files]).encode()
+call.sendmsg([len(told).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))])
 call.sendall(told)
+for file in files:
+    if file > 2:
+        os.close(file)
 pid = int.from_bytes(call.recv(8), "big")
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, _: os.kill(pid, number))
-sys.exit(int((call.recv(8) or b"1").decode()))
+status = int((call.recv(8) or b"-9").decode())
+if status < 0:
+    if status != -signal.SIGKILL:
+        signal.signal(-status, signal.SIG_DFL)
+    os.kill(os.getpid(), -status)
+os._exit(status)
 """
 
-_IMPORTED = (
-    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
-    "koala.data.download",
-    "koala.data.encode",
-    "koala.data.filter",
-    "koala.data.source",
-    "koala.distill.distill",
-    "koala.evaluate.evaluate",
-    "koala.evaluate.reference",
-    "koala.publish.publish",
-    "koala.runner",
-    "koala.teacher.tiny",
-    "koala.unet.student",
-    "matplotlib.figure",
-    "mlflow.store.tracking.sqlalchemy_store",
-)
+_MOST_FILES = 250  # that a message can carry
 
 
 @contextmanager
 def preloaded(folder: Path) -> Iterator[Path]:
-    """Give a folder with the program `koala` inside the block. Calls that still run at its end are killed."""
+    """Make `folder` one of programs inside the block. Calls that still run at its end are killed."""
     place = Path(tempfile.mkdtemp(prefix="koala-"))  # a socket's path is short
     address = place / "calls"
+    beside = Path(sys.executable).parent
     server = subprocess.Popen(
-        [sys.executable, __file__, str(address)], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, __file__, str(address), str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
+        for program in beside.iterdir():
+            (folder / program.name).symlink_to(program)
+        for name in ("koala", "python"):
+            program = folder / name
+            program.unlink()
+            program.write_text(_CALLER.format(python=sys.executable, address=str(address)))
+            program.chmod(0o755)
         assert server.stdout
         assert server.stdout.readline() == "ready\n"
-        program = folder / "koala"
-        program.write_text(_CALLER.format(python=sys.executable, address=str(address)))
-        program.chmod(0o755)
         yield folder
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait()
         shutil.rmtree(place)
 
 
-def _serve(address: str) -> None:
-    from koala.cli import QUIET
+def _serve(address: str, programs: str) -> None:
+    import warm  # noqa: F401
 
-    os.environ |= QUIET
-    for module in _IMPORTED:
-        __import__(module)
-    with socket.socket(socket.AF_UNIX) as server:
+    ended, told = os.pipe()  # by each child that ends
+    os.set_blocking(told, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(told)
+    calls: dict[int, socket.socket] = {}
+    with socket.socket(socket.AF_UNIX) as server, selectors.DefaultSelector() as events:
         server.bind(address)
-        server.listen()
+        server.listen(100)
+        events.register(server, selectors.EVENT_READ)
+        events.register(ended, selectors.EVENT_READ)
+        events.register(sys.stdin, selectors.EVENT_READ)  # closes with the tests, however those end
         sys.stdout.write("ready\n")
         sys.stdout.flush()
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a call but its caller
         while True:
-            call, _ = server.accept()
-            if os.fork() == 0:
-                server.close()
-                _answer(call)
-            call.close()
+            for key, _ in events.select():
+                if key.fileobj is server:
+                    call, _ = server.accept()
+                    if (pid := os.fork()) == 0:
+                        signal.set_wakeup_fd(-1)
+                        for other in (server, events, *calls.values()):
+                            other.close()
+                        os.close(ended)
+                        os.close(told)
+                        _answer(call, programs)
+                    calls[pid] = call
+                elif key.fileobj is sys.stdin:
+                    os.killpg(0, signal.SIGKILL)
+                else:
+                    os.read(ended, 100)
+                    for pid in list(calls):
+                        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                            _, status = os.waitpid(pid, 0)
+                            with calls.pop(pid) as call:
+                                _tell(call, os.waitstatus_to_exitcode(status))
 
 
-def _answer(call: socket.socket) -> None:
+def _tell(call: socket.socket, status: int) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the caller was killed
+        call.sendall(str(status).encode())
+
+
+def _answer(call: socket.socket, programs: str) -> None:
     """Run one call in this process, and end it."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    size, streams, _, _ = socket.recv_fds(call, 8, 3)
-    told = b""
-    while len(told) < int.from_bytes(size, "big"):
-        told += call.recv(1 << 20)
-    arguments, environment, folder = json.loads(told)
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-        os.close(stream)
-    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, "rw"[number > 0]) for number in range(3))
+    name, arguments, environment, folder = _received(call)
     os.environ.clear()
     os.environ |= environment
     os.chdir(folder)
-    sys.argv = ["koala", *arguments]
+    sys.executable = str(Path(programs, "python"))
+    multiprocessing.set_executable(sys.executable)
     call.sendall(os.getpid().to_bytes(8, "big"))
+    threading.Thread(target=_end_with, args=(call,), daemon=True).start()
     status = 0
     try:
-        from koala.cli import main
-
-        main()
+        _run(name, arguments)
     except SystemExit as end:
+        if isinstance(end.code, str):
+            sys.stderr.write(f"{end.code}\n")
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        status = -signal.SIGINT
     except BaseException:
         traceback.print_exc()
         status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    call.sendall(str(status).encode())
-    os._exit(status)
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status & 255)
+
+
+def _received(call: socket.socket) -> tuple[str, list[str], dict[str, str], str]:
+    """What the caller told, with its open files as this process's own, under the same numbers."""
+    size, files, _, _ = socket.recv_fds(call, 8, _MOST_FILES)
+    told = b""
+    while len(told) < int.from_bytes(size, "big"):
+        told += call.recv(1 << 20)
+    name, arguments, environment, folder, numbers = json.loads(told)
+    taken = {call.fileno(), *files} & set(numbers)
+    if taken:  # move what is in the way
+        high = max(*numbers, *files, call.fileno()) + 1
+        moved = []
+        for offset, file in enumerate(files):
+            os.dup2(file, high + offset)
+            os.close(file)
+            moved.append(high + offset)
+        files = moved
+        if call.fileno() in numbers:
+            old = call.detach()
+            os.dup2(old, high + len(files))
+            os.close(old)
+            call.__init__(fileno=high + len(files))
+            os.set_inheritable(call.fileno(), False)
+    for number, file in zip(numbers, files, strict=True):
+        os.dup2(file, number, inheritable=True)
+        os.close(file)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, "rw"[number > 0], closefd=False) for number in range(3))
+    if environment.get("PYTHONUNBUFFERED"):
+        sys.stdout.reconfigure(write_through=True)
+    return name, arguments, environment, folder
+
+
+def _end_with(call: socket.socket) -> None:
+    """End this process when its caller is gone."""
+    call.recv(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    """Do what a fresh Python, or `koala`, does with these arguments."""
+    sys.path[1:1] = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    if name == "koala":
+        from koala.cli import main
+
+        sys.argv = ["koala", *arguments]
+        main()
+    elif arguments[0] == "-m":
+        sys.path[0] = os.getcwd()
+        sys.argv = arguments[1:]
+        sys.modules.pop(arguments[1], None)
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    elif arguments[0] == "-c":
+        sys.path[0] = ""
+        sys.argv = ["-c", *arguments[2:]]
+        main = type(sys)("__main__")
+        sys.modules["__main__"] = main
+        exec(compile(arguments[1], "<string>", "exec"), main.__dict__)
+    else:
+        sys.path[0] = str(Path(arguments[0]).resolve().parent)
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(*sys.argv[1:])

@@ -23,7 +23,7 @@ from koala.distill import curves
 from koala.distill.job import Job
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["koala.distill.train", "mlflow"])
+_FORKS.set_forkserver_preload(["warm"])
 
 
 def free_port() -> int:

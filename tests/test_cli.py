@@ -10,13 +10,10 @@ from typing import Any
 
 import pytest
 
-KOALA = Path(sys.executable).with_name("koala")
-
 
 def koala(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [KOALA, *arguments], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
-    )
+    command = [Path(sys.executable).with_name("koala"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
 
 
 def one_line(result: subprocess.CompletedProcess[str]) -> str:
@@ -63,6 +60,7 @@ def small_disk(workspace: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("runs", ["on the full disk", "on another"])
 def test_a_full_disk_is_said_in_one_line(small_disk: Path, runs: str) -> None:
     """Also where the artifact is copied to it, which Python reports in a way of its own."""
@@ -125,6 +123,7 @@ def test_help_of_every_command_is_whole() -> None:
         assert max(map(len, shown.splitlines())) <= 80, path
 
 
+@pytest.mark.usefixtures("forked")
 def test_params_are_checked_and_their_schema_is_shown(workspace: Path) -> None:
     assert koala("params").stdout.startswith("params.yaml is valid: profile smoke, machine cpu, koala-1b, koala-700m")
     assert json.loads(koala("params", "--schema").stdout)["title"] == "Document"
@@ -132,6 +131,7 @@ def test_params_are_checked_and_their_schema_is_shown(workspace: Path) -> None:
     assert "params.yaml: profile: input should be a valid string" in one_line(koala("params"))
 
 
+@pytest.mark.usefixtures("forked")
 def test_generate_writes_a_grid(workspace: Path, tiny_teacher: Path) -> None:
     from PIL import Image
 

@@ -37,6 +37,7 @@ def test_a_folder_of_images_is_encoded(latents: Path) -> None:
     assert found[0].caption == "a large red circle"
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_task_is_trained_by_hand(latents: Path, tiny_teacher: Path) -> None:
     lines = run("train_task.py", tiny_teacher, latents, "--steps", 3, "--batch", 2).splitlines()
     assert [line.split(":")[0] for line in lines] == ["1", "2", "3"]
@@ -44,12 +45,14 @@ def test_a_task_is_trained_by_hand(latents: Path, tiny_teacher: Path) -> None:
     assert "feature/UP1 " in lines[0]
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_finetune_is_inspected(tiny_teacher: Path) -> None:
     shown = run("inspect_finetune.py", tiny_teacher, "--size", 32)
     assert "KOALA-700M: 383,316 parameters (47.4%)" in shown
     assert "  UP1: pairs [0, 2], [1, 1] of [2, 2] layers" in shown
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_folder_of_pictures_goes_through_the_data_stages(tmp_path: Path) -> None:
     """Captions beside the pictures, a translation for the fifth file, a name for a picture without, a broken one, and a copy."""
     folder = tmp_path / "set é 1"

@@ -28,16 +28,17 @@ from koala.unet.cost import unet_cost
 from koala.unet.reference import SDXL
 from koala.unet.student import build_student
 
-KOALA = Path(sys.executable).with_name("koala")
 CPU = torch.device("cpu")
 STUDENT = "koala-700m"
 
 
 def koala(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([KOALA, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+    command = [Path(sys.executable).with_name("koala"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
+@pytest.mark.usefixtures("forked")
 def test_train_measures_both_recipes_and_says_where_time_went(workspace: Path) -> None:
     said = koala(
         "bench",
@@ -171,6 +172,7 @@ def test_infer_measures_a_step_a_generation_and_memory(
     assert Path("plot.png").stat().st_size > 1000
 
 
+@pytest.mark.usefixtures("forked")
 def test_what_cannot_be_measured_is_one_line(workspace: Path) -> None:
     for arguments, line in {
         ("train", "koala-2b"): "no student 'koala-2b'",
@@ -187,6 +189,7 @@ def test_what_cannot_be_measured_is_one_line(workspace: Path) -> None:
         assert len(said.stderr.splitlines()) == 1
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_measurement_that_fails_says_so(workspace: Path, capfd) -> None:
     with pytest.raises(KoalaError, match="no student 'x'"):
         runner.run(
@@ -364,6 +367,7 @@ def test_a_list_has_its_share_of_copies_and_of_rows_out_of_bounds(tmp_path: Path
     assert stats == {"rows": 970, "dropped": {"duplicate_url": 20, "where.width": 10}}
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_search_for_duplicates_is_measured_at_each_size(workspace: Path) -> None:
     done = koala("bench", "duplicates", "--pictures", "400", "--pictures", "2000")
     assert done.returncode == 0, done.stderr

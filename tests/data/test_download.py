@@ -267,6 +267,7 @@ def deadly() -> Iterator[SimpleNamespace]:
     server.server_close()
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("deaths", [1, 100])
 def test_a_worker_that_is_killed_costs_its_shard_a_retry(
     out: Path, deadly: SimpleNamespace, recorder: Any, capsys: pytest.CaptureFixture[str], deaths: int

@@ -156,6 +156,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("machine", [{"workers": 1}, {"workers": 3}, {"workers": 1, "processes": 2}])
 def test_the_bytes_do_not_depend_on_workers_and_processes(
     kept: Path, teacher: Path, out: Path, machine: dict[str, int]

@@ -231,6 +231,7 @@ def test_what_is_finished_is_not_captioned_again(out: Path, kept: Path, recipe, 
 
 @pytest.mark.slow
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_two_processes_give_what_one_gives(out: Path, kept: Path, recipe) -> None:
     recaption(recipe(machine={"processes": 2}), kept, out, NoRun())
     Path("one").mkdir()

@@ -268,6 +268,7 @@ def test_another_model_is_not_answered_from_the_cache(out: Path, recipe, embedde
 
 @pytest.mark.slow
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_two_processes_give_what_one_gives(out: Path, recipe) -> None:
     folder = write(Path("images"), [colour(number) for number in range(10)])
     score(recipe(machine={"processes": 2}), folder, out, NoRun())

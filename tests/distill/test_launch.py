@@ -1,5 +1,6 @@
 """The stage: real launchers and processes, stopped and resumed, and what it says when it cannot run."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -16,22 +17,24 @@ import yaml
 from mlflow import MlflowClient
 from ranks import Training, alike, free_port, losses
 
+from flows.processes import carrying
 from koala import runner
 from koala.distill.distill import distill
-from koala.distill.job import checkpoints
+from koala.distill.job import FILE, checkpoints
+from koala.distill.launch import JOB
 from koala.errors import KoalaError
 from koala.provenance import read
 from koala.run import STATE
 
 STUDENT = "koala-700m"
-KOALA = Path(sys.executable).with_name("koala")
 ROOT = Path(__file__).parents[2]
 ChangeParams = Callable[..., None]
 
 
 def start(*options: str) -> subprocess.Popen[str]:
+    koala = Path(sys.executable).with_name("koala")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([KOALA, "distill", STUDENT, *options], env=environment, text=True, stderr=subprocess.PIPE)
+    return subprocess.Popen([koala, "distill", STUDENT, *options], env=environment, text=True, stderr=subprocess.PIPE)
 
 
 def state_of_work() -> Path:
@@ -57,7 +60,9 @@ MACHINE = {"micro_batch": 4, "log_every": 1}
 
 
 @pytest.mark.timeout(900)
-def test_a_stopped_run_resumes_in_the_same_run_of_mlflow(distillable: Path, change_params: ChangeParams) -> None:
+def test_a_stopped_run_resumes_in_the_same_run_of_mlflow(
+    distillable: Path, change_params: ChangeParams, request: pytest.FixtureRequest
+) -> None:
     """SIGTERM to the stage's process only: it saves, leaves nothing behind, and the next run has no seam."""
     change_params(distill={**RECIPE, "steps": 40}, machine={**MACHINE, "checkpoint_every": 1000, "validate_every": 20})
     state = state_of_work()
@@ -72,6 +77,7 @@ def test_a_stopped_run_resumes_in_the_same_run_of_mlflow(distillable: Path, chan
     stopped_at = int(saved.name.removeprefix("step-"))
     assert 3 <= stopped_at < 40
 
+    request.getfixturevalue("forked")  # what started by itself once starts sooner now
     process = start()
     _, said = process.communicate(timeout=600)
     assert process.returncode == 0, said
@@ -91,6 +97,7 @@ def test_a_stopped_run_resumes_in_the_same_run_of_mlflow(distillable: Path, chan
     assert not names & {"weight_map.json", "state"}
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.timeout(900)
 def test_a_killed_run_leaves_no_seam_in_mlflow(distillable: Path, change_params: ChangeParams) -> None:
     """SIGKILL to all of it between checkpoints: steps that are repeated are not logged again."""
@@ -98,10 +105,13 @@ def test_a_killed_run_leaves_no_seam_in_mlflow(distillable: Path, change_params:
     state = state_of_work()
     process = start()
     wait_for(13, process, state)
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    family = [*carrying(JOB, str((state / FILE).resolve())), psutil.Process(process.pid)]
+    assert len(family) > 2
     for member in family:
         member.kill()
     psutil.wait_procs(family, timeout=30)
+    with (state.parents[1] / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a forked stage ends a moment after what was killed
     client, run_id = only_run(os.environ["MLFLOW_TRACKING_URI"])
     before = client.get_metric_history(run_id, "loss/total")
     resumed_from = int(checkpoints(state)[-1].name.removeprefix("step-"))
@@ -115,6 +125,7 @@ def test_a_killed_run_leaves_no_seam_in_mlflow(distillable: Path, change_params:
     assert [point.value for point in after[: len(before)]] == [point.value for point in before]
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("launch", ["cpu-two", "fsdp2-cpu"])
 def test_the_launch_file_alone_sets_the_number_of_processes(
@@ -139,6 +150,7 @@ def test_the_launch_file_alone_sets_the_number_of_processes(
     alike(state, one.state)
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.timeout(900)
 def test_two_machines_equal_one_process(distillable: Path, change_params: ChangeParams, make_job: Callable) -> None:
     """Two launchers that meet over loopback, as on two machines with a shared disk: one runs the stage, one helps."""
@@ -152,6 +164,7 @@ def test_two_machines_equal_one_process(distillable: Path, change_params: Change
     assert (distillable / "artifacts/smoke/distilled" / STUDENT / "unet").is_dir()
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_gradient_that_stays_non_finite_stops_training_with_the_state_saved(
     make_job: Callable, artifacts: Any, tmp_path: Path, recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +176,7 @@ def test_a_gradient_that_stays_non_finite_stops_training_with_the_state_saved(
     assert len(checkpoints(tmp_path / "out" / STATE)) == 1
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_machine_rank_that_is_not_there_is_one_line(distillable: Path) -> None:
     process = start("--machine-rank", "3")
     _, said = process.communicate(timeout=60)

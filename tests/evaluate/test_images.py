@@ -142,6 +142,7 @@ def test_processes_share_the_images(tiny_teacher, make_config, finished, copy, r
     assert len(started) == 2
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_process_that_fails_is_said(tiny_teacher, make_config, tmp_path, recorder) -> None:
     broken = Path(shutil.copytree(tiny_teacher, tmp_path / "broken"))
     shutil.rmtree(broken / "unet")

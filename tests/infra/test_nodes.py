@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import yaml
 
 from flows.services import free_port
@@ -31,6 +32,7 @@ def test_all_give_a_node_what_it_asks_for() -> None:
         assert asked <= set(re.findall(r"(KOALA_\w+)=", (ROOT / starter).read_text()))
 
 
+@pytest.mark.usefixtures("forked")
 def test_two_nodes_train_one_student(distillable: Path, change_params: Callable[..., None]) -> None:
     base = yaml.safe_load((ROOT / "infra/accelerate/two-nodes-cpu.yaml").read_text())
     wrong = {"num_machines": 9, "num_processes": 9, "main_process_ip": "192.0.2.1", "main_process_port": free_port()}

@@ -6,12 +6,11 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from preloaded import preloaded
 
 ROOT = Path(__file__).parents[2]
 STUDENTS = ("koala-700m", "koala-1b")
@@ -60,16 +59,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def koala(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with the command `koala`, which starts at once: sixteen stages would import torch for two minutes."""
-    with preloaded(tmp_path_factory.mktemp("commands")) as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def run(project: Path, koala: Path) -> Run:
+def run(project: Path, programs: Path) -> Run:
     """Run a command of the environment's in the project; gives what it printed. It must end well."""
-    commands = os.pathsep.join([str(koala), str(Path(sys.executable).parent), os.environ["PATH"]])
+    commands = os.pathsep.join([str(programs), os.environ["PATH"]])
     environment = {**os.environ, "PATH": commands, "OMP_NUM_THREADS": "1"}
     for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
         environment.pop(name, None)
