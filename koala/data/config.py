@@ -110,14 +110,18 @@ class FilterMachine(SharedWork):
 
 
 class NearDuplicates(Config):
-    """Which images are the same picture though their bytes differ: a hash proposes pairs, thumbnails or embeddings confirm them."""
+    """Which images are the same picture though their bytes differ, or their sides are cut off.
 
-    bits: int = Field(default=16, ge=0, le=32)
-    """Bits of 64 in which the dHashes of a pair may differ."""
-    thumbnail: float = Field(default=0.992, ge=0.9, le=1)
-    """Correlation of a pair's 16 x 16 colour thumbnails from which it is the same picture."""
-    cosine: float | None = Field(default=None, ge=0.5, le=1)
-    """Cosine of a pair's embeddings from which it is the same picture, whatever its hashes. Left out: embeddings are not used."""
+    Thumbnails and embeddings propose pairs. Registration, which finds by which scale and shift one image shows the other, confirms
+    them.
+    """
+
+    thumbnail: float = Field(default=0.85, ge=0.5, le=1)
+    """Correlation of a pair's 16 x 16 colour thumbnails from which it is proposed."""
+    cosine: float | None = Field(default=0.85, ge=0.5, le=1)
+    """Cosine of a pair's embeddings, where the stage `score` keeps them, from which it is proposed too; null: never."""
+    registered: float = Field(default=0.992, ge=0.9, le=1)
+    """Correlation of a proposed pair from which it is the same picture, over what both show after registration."""
 
 
 class FilterConfig(Config):

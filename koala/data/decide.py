@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from koala.data.dedup import Chain, Groups, batches, matrix, near_pairs
 from koala.data.fingerprints import pattern
 from koala.data.forget import read_hashes
 from koala.data.judge import EMBEDDING_HASHES, FACTS, FINGERPRINTS, LOOK_HASHES
+from koala.data.registration import correlations, pixels
 
 if TYPE_CHECKING:
     import duckdb
@@ -137,42 +138,41 @@ def _find_groups(connection: "duckdb.DuckDBPyConnection", config: FilterConfig) 
         for batch in batches(connection, pairs):
             groups.add(batch["position"].to_numpy(), batch["first"].to_numpy())
     if config.near_duplicates:
-        for left, right in _near_pairs(connection, config.near_duplicates):
-            groups.add(left, right)
+        _propose(connection, config.near_duplicates)
+        _confirm(connection, config.near_duplicates.registered)
+        for batch in batches(connection, "SELECT position, other FROM same WHERE position < other"):
+            groups.add(batch["position"].to_numpy(), batch["other"].to_numpy())
     positions, numbers = groups.members()
     connection.register("grouped", pa.table({"position": positions, "number": numbers}))
     connection.execute("CREATE TABLE member AS SELECT candidate.*, number FROM candidate JOIN grouped USING (position)")
     if config.near_duplicates:
-        _cut_chains(connection, config.near_duplicates)
+        _cut_chains(connection)
 
 
-def _cut_chains(connection: "duckdb.DuckDBPyConnection", config: NearDuplicates) -> None:
+def _cut_chains(connection: "duckdb.DuckDBPyConnection") -> None:
     """Renew `member`: in each group, every image is the same picture as the one that stays, not only as another one.
 
-    The largest image takes those that are like it, of the others the largest takes those that are like it, and so on. A group
-    of which one is taken down stays as it is.
+    The largest image takes those that are confirmed to be like it, of the others the largest takes those that are like it, and so
+    on. A group of which one is taken down stays as it is.
     """
     members = """
-        SELECT position, number, member.sha256, member.url, thumbnail, embedding
-        FROM member JOIN judged USING (position)
+        SELECT member.position, number, member.url, image, others
+        FROM member
+        JOIN (SELECT position, min(position) OVER (PARTITION BY sha256) AS image FROM candidate) AS named USING (position)
+        LEFT JOIN (SELECT position, list(other) AS others FROM same GROUP BY position) AS alike ON alike.position = image
         WHERE number NOT IN (SELECT number FROM member WHERE forgotten)
-        ORDER BY number, pixels DESC, position
+        ORDER BY number, pixels DESC, member.position
     """
     positions, heads = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    chain, number = Chain(config.thumbnail, config.cosine), -1
+    chain, number = Chain(), -1
     for batch in batches(connection, members):
-        rows = pa.Table.from_batches([batch])
-        looks = _patterns(rows)
-        embeddings = [
-            row and np.frombuffer(row, np.float16).astype(np.float32) for row in rows["embedding"].to_pylist()
-        ]
-        facts = zip(*(rows[name].to_pylist() for name in ("position", "number", "sha256", "url")), strict=True)
         found = []
-        for (position, of, sha256, url), look, embedding in zip(facts, looks, embeddings, strict=True):
+        facts = zip(*(batch[name].to_pylist() for name in ("position", "number", "url", "image", "others")), strict=True)
+        for position, of, url, image, others in facts:
             if of != number:
-                chain, number = Chain(config.thumbnail, config.cosine), of
-            found.append(chain.head(position, {sha256, url} - {""}, look, embedding))
-        positions.append(rows["position"].to_numpy())
+                chain, number = Chain(), of
+            found.append(chain.head(position, {image, url} - {""}, others or ()))
+        positions.append(batch["position"].to_numpy())
         heads.append(np.array(found, np.int64))
     connection.register("cut", pa.table({"position": np.concatenate(positions), "head": np.concatenate(heads)}))
     connection.execute(
@@ -188,23 +188,62 @@ def _cut_chains(connection: "duckdb.DuckDBPyConnection", config: NearDuplicates)
     connection.execute("ALTER TABLE renewed RENAME TO member")
 
 
-def _near_pairs(
-    connection: "duckdb.DuckDBPyConnection", config: NearDuplicates
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield pairs of candidates that show the same picture. Equal images stand for one: they would be neighbours everywhere."""
+def _propose(connection: "duckdb.DuckDBPyConnection", config: NearDuplicates) -> None:
+    """Make `proposed`: pairs of candidates that look alike. Equal images stand for one: they would be neighbours everywhere."""
     connection.execute(
         """
-        CREATE TABLE picture AS SELECT * FROM judged
+        CREATE TABLE picture AS SELECT * EXCLUDE (miniature) FROM judged
         WHERE dhash IS NOT NULL AND position IN (SELECT min(position) FROM candidate GROUP BY sha256)
         """
     )
+    connection.execute("CREATE TABLE proposed (position BIGINT, other BIGINT)")
     for column in progress(LOOK_HASHES, "filter: near duplicates"):
-        query = f"SELECT position, {column} AS key, dhash, thumbnail FROM picture"
-        yield from near_pairs(connection, query, _patterns, config.thumbnail, config.bits)
+        query = f"SELECT position, {column} AS key, thumbnail FROM picture"
+        _append(connection, "proposed", near_pairs(connection, query, _patterns, config.thumbnail))
     if config.cosine is not None:
         for column in progress(EMBEDDING_HASHES, "filter: near embeddings"):
             query = f"SELECT position, {column} AS key, embedding FROM picture WHERE embedding IS NOT NULL"
-            yield from near_pairs(connection, query, _embeddings, config.cosine)
+            _append(connection, "proposed", near_pairs(connection, query, _embeddings, config.cosine))
+
+
+def _confirm(connection: "duckdb.DuckDBPyConnection", least: float) -> None:
+    """Make `same`: the proposed pairs that show the same picture, each in both directions."""
+    connection.execute("CREATE TABLE same (position BIGINT, other BIGINT)")
+    connection.execute(
+        """
+        CREATE TABLE pair AS
+        SELECT DISTINCT least(position, other) AS position, greatest(position, other) AS other FROM proposed
+        """
+    )
+    ((count,),) = connection.execute("SELECT count(*) FROM pair").fetchall()
+    pairs = """
+        SELECT pair.position, other, one.miniature AS one, two.miniature AS two
+        FROM pair JOIN judged AS one ON one.position = pair.position JOIN judged AS two ON two.position = other
+    """
+    found = (_registered(batch, least) for batch in batches(connection, pairs, _PAIRS))
+    _append(connection, "same", progress(found, "filter: pairs compared", total=-(-count // _PAIRS)))
+
+
+_PAIRS = 1024
+"""Pairs of images in memory at a time."""
+
+
+def _registered(pairs: pa.RecordBatch, least: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions of the pairs that show the same picture, in both directions."""
+    one, two = (pixels(pairs[name].to_pylist()) for name in ("one", "two"))
+    found = correlations(one, two) >= least
+    position, other = (pairs[name].to_numpy()[found] for name in ("position", "other"))
+    return np.concatenate([position, other]), np.concatenate([other, position])
+
+
+def _append(
+    connection: "duckdb.DuckDBPyConnection", table: str, pairs: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> None:
+    """Add pairs to a table, as they come: from a query that is still being read."""
+    with connection.cursor() as writer:
+        for position, other in pairs:
+            writer.register("found", pa.table({"position": position, "other": other}))
+            writer.execute(f"INSERT INTO {table} FROM found")
 
 
 def _patterns(rows: pa.Table) -> np.ndarray:

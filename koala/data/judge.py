@@ -21,6 +21,7 @@ from koala.data import manifest
 from koala.data.config import FilterConfig
 from koala.data.executor import each
 from koala.data.fingerprints import TABLES, dhash, pattern, plane_hashes, thumbnail
+from koala.data.registration import miniature
 from koala.data.rules.base import View, look, original_size
 from koala.data.rules.language import Language
 from koala.data.shards import Sample, read_shard
@@ -47,6 +48,7 @@ FINGERPRINTS = pa.schema(
         "position": pa.int64(),  # the shard's index * 2**32 + the row
         "fetched_sha256": pa.binary(32),  # of the file before the download resized it, where recorded
         "thumbnail": pa.binary(),
+        "miniature": pa.binary(),  # JPEG
         "embedding": pa.binary(),  # float16
         **{name: pa.uint64() for name in (*LOOK_HASHES, *EMBEDDING_HASHES)},
     }
@@ -68,7 +70,7 @@ class _Job:
         """Return what a table is made from. One with another stamp is made again."""
         files = [file.stat() for file in (self.shard, self.scores) if file]
         state = [(file.st_size, file.st_mtime_ns) for file in files]
-        return json.dumps([self.index, self.shard.name, state, self.config.recipe()["rules"]])
+        return json.dumps([self.index, self.shard.name, state, self.config.recipe()["rules"], FINGERPRINTS.names])
 
     def finished(self) -> bool:
         """Return whether the table is there."""
@@ -174,7 +176,7 @@ def _fetched(sample: Sample) -> bytes | None:
 def _looks(view: View) -> dict[str, Any]:
     if view.small is None:
         return {}
-    return {"dhash": dhash(view.small), "thumbnail": thumbnail(view.small)}
+    return {"dhash": dhash(view.small), "thumbnail": thumbnail(view.small), "miniature": miniature(view.small)}
 
 
 class Scores:
