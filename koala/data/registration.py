@@ -41,7 +41,7 @@ def pixels(miniatures: Sequence[bytes]) -> np.ndarray:
 
 
 def correlations(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Return the correlation of each two images after registration, -1 to 1; 0 for those that are clearly different.
+    """Return the correlation of each two images, -1 to 1, as they are or after registration, whichever is greater.
 
     left, right: n x `SIDE` x `SIDE` x 3, float32. Only what both images show is compared, without brightness and contrast.
     """
@@ -50,15 +50,15 @@ def correlations(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _correlations(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    found, there = np.zeros(len(left), np.float32), np.arange(len(left))
-    warps = np.zeros((len(left), 4), np.float32)
+    warps, there = np.zeros((len(left), 4), np.float32), np.arange(len(left))
+    found = _correlation(left, right, warps, step=2)  # a copy with its sides may have too little pattern to be registered
     grey = [0.299 * image[..., 0] + 0.587 * image[..., 1] + 0.114 * image[..., 2] for image in (left, right)]
     for side, steps, least in _LEVELS:
         a, b = (_reduced(image[there], side) for image in grey)
         warps = _registered(a, b, warps, steps)
         likely = _correlation(a[..., None], b[..., None], warps) >= least
         there, warps = there[likely], warps[likely]
-    found[there] = _correlation(left[there], right[there], warps, step=2)
+    found[there] = np.maximum(found[there], _correlation(left[there], right[there], warps, step=2))
     return found
 
 
