@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from koala.console import progress
-from koala.data.config import FilterConfig, NearDuplicates
-from koala.data.dedup import Chain, Groups, batches, matrix, near_pairs
-from koala.data.fingerprints import pattern
+from koala.data.alike import confirm, propose
+from koala.data.config import FilterConfig, Quota
+from koala.data.dedup import Chain, Groups, batches
 from koala.data.forget import read_hashes
-from koala.data.judge import EMBEDDING_HASHES, FACTS, FINGERPRINTS, LOOK_HASHES
-from koala.data.registration import correlations, pixels
+from koala.data.judge import FACTS, FINGERPRINTS, quota_columns
+from koala.errors import KoalaError
 
 if TYPE_CHECKING:
     import duckdb
@@ -81,11 +81,13 @@ def _decide(judged: Sequence[Path], config: FilterConfig, state: Path, verdicts:
     with duckdb.connect(str(database), config=settings) as connection:
         connection.execute("SET enable_progress_bar = false")  # it would be drawn on stdout
         tables = connection.read_parquet([str(table) for table in judged], hive_partitioning=False)
-        tables.select(*FACTS.names, *FINGERPRINTS.names).create_view("judged")
+        counted = [field.name for index in range(len(config.quotas)) for field in quota_columns(index)]
+        tables.select(*FACTS.names, *FINGERPRINTS.names, *counted).create_view("judged")
         _find_candidates(connection, config)
         _find_groups(connection, config)
         _decide_groups(connection)
-        plan = _write_verdicts(connection, judged, config.shard_size, verdicts)
+        _apply_quotas(connection, config.quotas)
+        plan = _write_verdicts(connection, judged, counted, config.shard_size, verdicts)
     for left in state.glob("decide.duckdb*"):
         left.unlink()
     shutil.rmtree(scratch, ignore_errors=True)
@@ -138,8 +140,8 @@ def _find_groups(connection: "duckdb.DuckDBPyConnection", config: FilterConfig) 
         for batch in batches(connection, pairs):
             groups.add(batch["position"].to_numpy(), batch["first"].to_numpy())
     if config.near_duplicates:
-        _propose(connection, config.near_duplicates)
-        _confirm(connection, config.near_duplicates.registered)
+        propose(connection, config.near_duplicates)
+        confirm(connection, config.near_duplicates.registered)
         for batch in batches(connection, "SELECT position, other FROM same WHERE position < other"):
             groups.add(batch["position"].to_numpy(), batch["other"].to_numpy())
     positions, numbers = groups.members()
@@ -167,7 +169,9 @@ def _cut_chains(connection: "duckdb.DuckDBPyConnection") -> None:
     chain, number = Chain(), -1
     for batch in batches(connection, members):
         found = []
-        facts = zip(*(batch[name].to_pylist() for name in ("position", "number", "url", "image", "others")), strict=True)
+        facts = zip(
+            *(batch[name].to_pylist() for name in ("position", "number", "url", "image", "others")), strict=True
+        )
         for position, of, url, image, others in facts:
             if of != number:
                 chain, number = Chain(), of
@@ -186,72 +190,6 @@ def _cut_chains(connection: "duckdb.DuckDBPyConnection") -> None:
     )
     connection.execute("DROP TABLE member")
     connection.execute("ALTER TABLE renewed RENAME TO member")
-
-
-def _propose(connection: "duckdb.DuckDBPyConnection", config: NearDuplicates) -> None:
-    """Make `proposed`: pairs of candidates that look alike. Equal images stand for one: they would be neighbours everywhere."""
-    connection.execute(
-        """
-        CREATE TABLE picture AS SELECT * EXCLUDE (miniature) FROM judged
-        WHERE dhash IS NOT NULL AND position IN (SELECT min(position) FROM candidate GROUP BY sha256)
-        """
-    )
-    connection.execute("CREATE TABLE proposed (position BIGINT, other BIGINT)")
-    for column in progress(LOOK_HASHES, "filter: near duplicates"):
-        query = f"SELECT position, {column} AS key, thumbnail FROM picture"
-        _append(connection, "proposed", near_pairs(connection, query, _patterns, config.thumbnail))
-    if config.cosine is not None:
-        for column in progress(EMBEDDING_HASHES, "filter: near embeddings"):
-            query = f"SELECT position, {column} AS key, embedding FROM picture WHERE embedding IS NOT NULL"
-            _append(connection, "proposed", near_pairs(connection, query, _embeddings, config.cosine))
-
-
-def _confirm(connection: "duckdb.DuckDBPyConnection", least: float) -> None:
-    """Make `same`: the proposed pairs that show the same picture, each in both directions."""
-    connection.execute("CREATE TABLE same (position BIGINT, other BIGINT)")
-    connection.execute(
-        """
-        CREATE TABLE pair AS
-        SELECT DISTINCT least(position, other) AS position, greatest(position, other) AS other FROM proposed
-        """
-    )
-    ((count,),) = connection.execute("SELECT count(*) FROM pair").fetchall()
-    pairs = """
-        SELECT pair.position, other, one.miniature AS one, two.miniature AS two
-        FROM pair JOIN judged AS one ON one.position = pair.position JOIN judged AS two ON two.position = other
-    """
-    found = (_registered(batch, least) for batch in batches(connection, pairs, _PAIRS))
-    _append(connection, "same", progress(found, "filter: pairs compared", total=-(-count // _PAIRS)))
-
-
-_PAIRS = 1024
-"""Pairs of images in memory at a time."""
-
-
-def _registered(pairs: pa.RecordBatch, least: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of the pairs that show the same picture, in both directions."""
-    one, two = (pixels(pairs[name].to_pylist()) for name in ("one", "two"))
-    found = correlations(one, two) >= least
-    position, other = (pairs[name].to_numpy()[found] for name in ("position", "other"))
-    return np.concatenate([position, other]), np.concatenate([other, position])
-
-
-def _append(
-    connection: "duckdb.DuckDBPyConnection", table: str, pairs: Iterable[tuple[np.ndarray, np.ndarray]]
-) -> None:
-    """Add pairs to a table, as they come: from a query that is still being read."""
-    with connection.cursor() as writer:
-        for position, other in pairs:
-            writer.register("found", pa.table({"position": position, "other": other}))
-            writer.execute(f"INSERT INTO {table} FROM found")
-
-
-def _patterns(rows: pa.Table) -> np.ndarray:
-    return pattern(matrix(rows["thumbnail"], np.uint8))
-
-
-def _embeddings(rows: pa.Table) -> np.ndarray:
-    return matrix(rows["embedding"], np.float16)
 
 
 def _decide_groups(connection: "duckdb.DuckDBPyConnection") -> None:
@@ -277,11 +215,46 @@ def _decide_groups(connection: "duckdb.DuckDBPyConnection") -> None:
     )
 
 
+def _apply_quotas(connection: "duckdb.DuckDBPyConnection", quotas: Sequence[Quota]) -> None:
+    """Add to `decision` what is too much of one value. Raises KoalaError where no sample has a quota's column."""
+    for index, quota in enumerate(quotas):
+        value, best = (field.name for field in quota_columns(index))
+        ((samples, valued, scored),) = connection.execute(
+            f"SELECT count(*), count({value}), count({best}) FROM judged"
+        ).fetchall()
+        for column, there in ((quota.by, valued), (quota.best, scored)):
+            if samples and column and not there:
+                raise KoalaError(f"filter.quotas names {column!r}, which no sample has: carry it along in source")
+        connection.execute(
+            f"""
+            CREATE TABLE renewed AS
+            WITH kept AS (
+                SELECT judged.position, {value} AS value, {best} AS best
+                FROM judged LEFT JOIN decision USING (position)
+                WHERE judged.rule IS NULL AND decision.rule IS NULL AND {value} IS NOT NULL
+            ), too_many AS (
+                SELECT position, ? AS rule FROM kept
+                QUALIFY row_number() OVER (PARTITION BY value ORDER BY best DESC NULLS LAST, position) > ?
+            )
+            SELECT position, number, coalesce(decision.rule, too_many.rule) AS rule
+            FROM decision FULL JOIN too_many USING (position) ORDER BY position
+            """,
+            [f"quota.{quota.by}", quota.at_most],
+        )
+        connection.execute("DROP TABLE decision")
+        connection.execute("ALTER TABLE renewed RENAME TO decision")
+
+
 def _write_verdicts(
-    connection: "duckdb.DuckDBPyConnection", judged: Sequence[Path], shard_size: int, verdicts: Path
+    connection: "duckdb.DuckDBPyConnection",
+    judged: Sequence[Path],
+    counted: Sequence[str],
+    shard_size: int,
+    verdicts: Path,
 ) -> Plan:
     plan: dict[str, list[str]] = {}
     kept = 0
+    hidden = {*FACTS.names, *FINGERPRINTS.names, *counted}
     for index, file in enumerate(progress(judged, "filter: verdicts")):
         table = pq.read_table(file)
         decided = {
@@ -304,7 +277,7 @@ def _write_verdicts(
             rules.append(rule)
             places.append(place)
             groups.append(group)
-        values = [name for name in table.column_names if name not in (*FACTS.names, *FINGERPRINTS.names)]
+        values = [name for name in table.column_names if name not in hidden]
         table = table.set_column(table.column_names.index("rule"), "rule", pa.array(rules, pa.string()))
         for field, column in zip(PLACES, (places, groups), strict=True):
             table = table.append_column(field, pa.array(column, field.type))

@@ -58,9 +58,7 @@ def near_pairs(
         before = table.slice(max(0, len(table) - NEIGHBOURS))
 
 
-def batches(
-    connection: "duckdb.DuckDBPyConnection", query: str, rows: int = BATCH
-) -> "Iterator[pa.RecordBatch]":
+def batches(connection: "duckdb.DuckDBPyConnection", query: str, rows: int = BATCH) -> "Iterator[pa.RecordBatch]":
     """Yield a query's rows, so many at a time."""
     relation: Any = connection.sql(query)
     yield from relation.to_arrow_reader(rows)

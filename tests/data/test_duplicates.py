@@ -43,8 +43,8 @@ def jpeg(image: Image.Image, quality: int = 90) -> bytes:
 def scenes() -> list[Image.Image]:
     """Parts of two photographs, flags of the same colours, and blank pages with a line."""
     found = []
-    for pixels in load_sample_images().images:
-        photograph = Image.fromarray(pixels)
+    for image in load_sample_images().images:
+        photograph = Image.fromarray(image)
         found += [photograph.crop((x, y, x + 210, y + 210)) for x in (0, 210, 420) for y in (0, 210)]
     for colours in permutations(("red", "white", "blue", "green"), 3):
         flag = Image.new("RGB", (300, 200))
