@@ -103,7 +103,7 @@ def _rows(start: int, count: int, part: int, rng: np.random.Generator) -> "pa.Ta
     import pyarrow as pa
 
     coarse = rng.integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
-    coarse[rng.random(count) < 0.5, :4] = 255
+    coarse[rng.random(count) < 0.5, :3] = 255
     large = [Image.fromarray(each).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC) for each in coarse]
     for index in range(part):
         noise = rng.integers(-6, 7, (_SIDE, _SIDE, 3))

@@ -18,7 +18,7 @@ from koala.data.registration import correlations, pixels
 if TYPE_CHECKING:
     import duckdb
 
-_PAIRS = 1024
+_PAIRS = 256
 """Pairs of images in memory at a time."""
 
 

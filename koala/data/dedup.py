@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 NEIGHBOURS = 32
 """Rows of an order that each row is compared with."""
-BATCH = 1 << 14
+BATCH = 1 << 12
 """Rows in memory at a time."""
 
 Prepare = Callable[["pa.Table"], np.ndarray]
