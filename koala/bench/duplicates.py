@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PICTURES = (10_000, 100_000)
-_CHUNK = 10_000
+_CHUNK = 2_000
 _SIDE = 128
 
 

@@ -32,7 +32,7 @@ def images(out: Path) -> Path:
             Image.fromarray(np.random.default_rng(index).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(
                 stream, "PNG"
             )
-            meta = {"url": f"https://{'abc'[index % 3]}.example/{index}", "license": ["by", "nd"][index // 8]}
+            meta = {"url": f"https://{'abc'[index % 3]}.example/{index}", "license": ["by", "cc0"][index // 8]}
             meta |= {"aesthetic": score}
             if index == 11:
                 del meta["license"]
