@@ -180,6 +180,14 @@ class Profile(Config):
                     f"filter.rules.scores names {absent[0]!r}, which neither source.score_columns nor score.scorers gives: "
                     f"choose from {', '.join(there) or 'nothing'}"
                 )
+        columns = ("host", "language", *there, *getattr(self.source, "carry", ()))
+        for quota in self.filter.quotas:
+            for name, choices in (("by", columns), ("best", there)):
+                if (column := getattr(quota, name)) and column not in choices:
+                    raise ValueError(
+                        f"filter.quotas.{name} names {column!r}, which neither the source nor the scorers give: "
+                        f"choose from {', '.join(choices) or 'nothing'}"
+                    )
         return self
 
     @model_validator(mode="after")

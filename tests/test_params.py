@@ -367,6 +367,21 @@ def test_a_rule_on_a_column_that_is_not_carried_along_is_said_before_any_downloa
         load()
 
 
+@pytest.mark.parametrize(
+    ("quota", "said"),
+    [
+        ({"by": "camera"}, r"filter.quotas.by names 'camera', which neither .*: choose from host, language, aesthetic"),
+        ({"by": "host", "best": "host"}, r"filter.quotas.best names 'host', which neither .*: choose from aesthetic"),
+    ],
+)
+def test_a_quota_of_a_column_that_is_not_there_is_said_before_any_download(
+    quota: dict, said: str, workspace: Path, edit
+) -> None:
+    edit(lambda document: document["profiles"]["smoke"]["filter"].update(quotas=[quota | {"at_most": 2}]))
+    with pytest.raises(KoalaError, match=said):
+        load()
+
+
 def test_a_pin_stands_in_its_own_file(workspace: Path, edit) -> None:
     """It is the profile's own, and the source's configuration has it."""
     pin = Pin(location="list.csv", files={"list.csv": "sha256:0"}, rows=3)

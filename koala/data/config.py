@@ -110,14 +110,29 @@ class FilterMachine(SharedWork):
 
 
 class NearDuplicates(Config):
-    """Which images are the same picture though their bytes differ: a hash proposes pairs, thumbnails or embeddings confirm them."""
+    """Which images are the same picture though their bytes differ, or their sides are cut off.
 
-    bits: int = Field(default=16, ge=0, le=32)
-    """Bits of 64 in which the dHashes of a pair may differ."""
-    thumbnail: float = Field(default=0.992, ge=0.9, le=1)
-    """Correlation of a pair's 16 x 16 colour thumbnails from which it is the same picture."""
-    cosine: float | None = Field(default=None, ge=0.5, le=1)
-    """Cosine of a pair's embeddings from which it is the same picture, whatever its hashes. Left out: embeddings are not used."""
+    Thumbnails and embeddings propose pairs. Registration, which finds by which scale and shift one image shows the other, confirms
+    them.
+    """
+
+    thumbnail: float = Field(default=0.85, ge=0.5, le=1)
+    """Correlation of a pair's 16 x 16 colour thumbnails from which it is proposed."""
+    cosine: float | None = Field(default=0.85, ge=0.5, le=1)
+    """Cosine of a pair's embeddings, where the stage `score` keeps them, from which it is proposed too; null: never."""
+    registered: float = Field(default=0.992, ge=0.9, le=1)
+    """Correlation of a proposed pair from which it is the same picture, over what both show after registration."""
+
+
+class Quota(Config):
+    """How many samples of one value are kept. Drops the others as `quota.COLUMN`, after duplicates."""
+
+    by: str
+    """`host` (of the URL), `language` (of the caption, by the rule of that name), or a column that the table carries along."""
+    at_most: int = Field(gt=0)
+    """Samples of each value that are kept. Those without a value all stay."""
+    best: str | None = None
+    """Score by which they are chosen, the highest first; in the table's order if not given, and where scores are equal."""
 
 
 class FilterConfig(Config):
@@ -127,6 +142,8 @@ class FilterConfig(Config):
     """Rules in the order in which they apply. A sample is counted under the first rule that it breaks."""
     near_duplicates: NearDuplicates | None = None
     """Of images that show the same picture, keep only the largest; off if not given. Equal bytes and URLs always count as one."""
+    quotas: tuple[Quota, ...] = ()
+    """Quotas, one after the other: each counts what the ones before it left."""
     hash_lists: tuple[str, ...] = ()
     """Files of hashes whose images are dropped as `forgotten`: a SHA-256 (64 hex digits) or a dHash (16) a line."""
     shard_size: int = Field(default=10_000, gt=0)
@@ -135,6 +152,15 @@ class FilterConfig(Config):
     """What was taken down: the entries of forget.yaml."""
     machine: FilterMachine = FilterMachine()
     """Settings that change only speed and memory."""
+
+    @model_validator(mode="after")
+    def _languages_are_told(self) -> "FilterConfig":
+        told = any(rule.kind == "language" for rule in self.rules)
+        if not told and any(quota.by == "language" for quota in self.quotas):
+            raise ValueError(
+                "a quota by language needs the rule `language`, which tells languages: add it to filter.rules"
+            )
+        return self
 
 
 class EncodeMachine(SharedWork):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from koala.console import progress
-from koala.data.config import FilterConfig, NearDuplicates
-from koala.data.dedup import Chain, Groups, batches, matrix, near_pairs
-from koala.data.fingerprints import pattern
+from koala.data.alike import confirm, propose
+from koala.data.config import FilterConfig, Quota
+from koala.data.dedup import Chain, Groups, batches
 from koala.data.forget import read_hashes
-from koala.data.judge import EMBEDDING_HASHES, FACTS, FINGERPRINTS, LOOK_HASHES
+from koala.data.judge import FACTS, FINGERPRINTS, quota_columns
+from koala.errors import KoalaError
 
 if TYPE_CHECKING:
     import duckdb
@@ -80,11 +81,13 @@ def _decide(judged: Sequence[Path], config: FilterConfig, state: Path, verdicts:
     with duckdb.connect(str(database), config=settings) as connection:
         connection.execute("SET enable_progress_bar = false")  # it would be drawn on stdout
         tables = connection.read_parquet([str(table) for table in judged], hive_partitioning=False)
-        tables.select(*FACTS.names, *FINGERPRINTS.names).create_view("judged")
+        counted = [field.name for index in range(len(config.quotas)) for field in quota_columns(index)]
+        tables.select(*FACTS.names, *FINGERPRINTS.names, *counted).create_view("judged")
         _find_candidates(connection, config)
         _find_groups(connection, config)
         _decide_groups(connection)
-        plan = _write_verdicts(connection, judged, config.shard_size, verdicts)
+        _apply_quotas(connection, config.quotas)
+        plan = _write_verdicts(connection, judged, counted, config.shard_size, verdicts)
     for left in state.glob("decide.duckdb*"):
         left.unlink()
     shutil.rmtree(scratch, ignore_errors=True)
@@ -137,42 +140,43 @@ def _find_groups(connection: "duckdb.DuckDBPyConnection", config: FilterConfig) 
         for batch in batches(connection, pairs):
             groups.add(batch["position"].to_numpy(), batch["first"].to_numpy())
     if config.near_duplicates:
-        for left, right in _near_pairs(connection, config.near_duplicates):
-            groups.add(left, right)
+        propose(connection, config.near_duplicates)
+        confirm(connection, config.near_duplicates.registered)
+        for batch in batches(connection, "SELECT position, other FROM same WHERE position < other"):
+            groups.add(batch["position"].to_numpy(), batch["other"].to_numpy())
     positions, numbers = groups.members()
     connection.register("grouped", pa.table({"position": positions, "number": numbers}))
     connection.execute("CREATE TABLE member AS SELECT candidate.*, number FROM candidate JOIN grouped USING (position)")
     if config.near_duplicates:
-        _cut_chains(connection, config.near_duplicates)
+        _cut_chains(connection)
 
 
-def _cut_chains(connection: "duckdb.DuckDBPyConnection", config: NearDuplicates) -> None:
+def _cut_chains(connection: "duckdb.DuckDBPyConnection") -> None:
     """Renew `member`: in each group, every image is the same picture as the one that stays, not only as another one.
 
-    The largest image takes those that are like it, of the others the largest takes those that are like it, and so on. A group
-    of which one is taken down stays as it is.
+    The largest image takes those that are confirmed to be like it, of the others the largest takes those that are like it, and so
+    on. A group of which one is taken down stays as it is.
     """
     members = """
-        SELECT position, number, member.sha256, member.url, thumbnail, embedding
-        FROM member JOIN judged USING (position)
+        SELECT member.position, number, member.url, image, others
+        FROM member
+        JOIN (SELECT position, min(position) OVER (PARTITION BY sha256) AS image FROM candidate) AS named USING (position)
+        LEFT JOIN (SELECT position, list(other) AS others FROM same GROUP BY position) AS alike ON alike.position = image
         WHERE number NOT IN (SELECT number FROM member WHERE forgotten)
-        ORDER BY number, pixels DESC, position
+        ORDER BY number, pixels DESC, member.position
     """
     positions, heads = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    chain, number = Chain(config.thumbnail, config.cosine), -1
+    chain, number = Chain(), -1
     for batch in batches(connection, members):
-        rows = pa.Table.from_batches([batch])
-        looks = _patterns(rows)
-        embeddings = [
-            row and np.frombuffer(row, np.float16).astype(np.float32) for row in rows["embedding"].to_pylist()
-        ]
-        facts = zip(*(rows[name].to_pylist() for name in ("position", "number", "sha256", "url")), strict=True)
         found = []
-        for (position, of, sha256, url), look, embedding in zip(facts, looks, embeddings, strict=True):
+        facts = zip(
+            *(batch[name].to_pylist() for name in ("position", "number", "url", "image", "others")), strict=True
+        )
+        for position, of, url, image, others in facts:
             if of != number:
-                chain, number = Chain(config.thumbnail, config.cosine), of
-            found.append(chain.head(position, {sha256, url} - {""}, look, embedding))
-        positions.append(rows["position"].to_numpy())
+                chain, number = Chain(), of
+            found.append(chain.head(position, {image, url} - {""}, others or ()))
+        positions.append(batch["position"].to_numpy())
         heads.append(np.array(found, np.int64))
     connection.register("cut", pa.table({"position": np.concatenate(positions), "head": np.concatenate(heads)}))
     connection.execute(
@@ -186,33 +190,6 @@ def _cut_chains(connection: "duckdb.DuckDBPyConnection", config: NearDuplicates)
     )
     connection.execute("DROP TABLE member")
     connection.execute("ALTER TABLE renewed RENAME TO member")
-
-
-def _near_pairs(
-    connection: "duckdb.DuckDBPyConnection", config: NearDuplicates
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield pairs of candidates that show the same picture. Equal images stand for one: they would be neighbours everywhere."""
-    connection.execute(
-        """
-        CREATE TABLE picture AS SELECT * FROM judged
-        WHERE dhash IS NOT NULL AND position IN (SELECT min(position) FROM candidate GROUP BY sha256)
-        """
-    )
-    for column in progress(LOOK_HASHES, "filter: near duplicates"):
-        query = f"SELECT position, {column} AS key, dhash, thumbnail FROM picture"
-        yield from near_pairs(connection, query, _patterns, config.thumbnail, config.bits)
-    if config.cosine is not None:
-        for column in progress(EMBEDDING_HASHES, "filter: near embeddings"):
-            query = f"SELECT position, {column} AS key, embedding FROM picture WHERE embedding IS NOT NULL"
-            yield from near_pairs(connection, query, _embeddings, config.cosine)
-
-
-def _patterns(rows: pa.Table) -> np.ndarray:
-    return pattern(matrix(rows["thumbnail"], np.uint8))
-
-
-def _embeddings(rows: pa.Table) -> np.ndarray:
-    return matrix(rows["embedding"], np.float16)
 
 
 def _decide_groups(connection: "duckdb.DuckDBPyConnection") -> None:
@@ -238,11 +215,46 @@ def _decide_groups(connection: "duckdb.DuckDBPyConnection") -> None:
     )
 
 
+def _apply_quotas(connection: "duckdb.DuckDBPyConnection", quotas: Sequence[Quota]) -> None:
+    """Add to `decision` what is too much of one value. Raises KoalaError where no sample has a quota's column."""
+    for index, quota in enumerate(quotas):
+        value, best = (field.name for field in quota_columns(index))
+        ((samples, valued, scored),) = connection.execute(
+            f"SELECT count(*), count({value}), count({best}) FROM judged"
+        ).fetchall()
+        for column, there in ((quota.by, valued), (quota.best, scored)):
+            if samples and column and not there:
+                raise KoalaError(f"filter.quotas names {column!r}, which no sample has: carry it along in source")
+        connection.execute(
+            f"""
+            CREATE TABLE renewed AS
+            WITH kept AS (
+                SELECT judged.position, {value} AS value, {best} AS best
+                FROM judged LEFT JOIN decision USING (position)
+                WHERE judged.rule IS NULL AND decision.rule IS NULL AND {value} IS NOT NULL
+            ), too_many AS (
+                SELECT position, ? AS rule FROM kept
+                QUALIFY row_number() OVER (PARTITION BY value ORDER BY best DESC NULLS LAST, position) > ?
+            )
+            SELECT position, number, coalesce(decision.rule, too_many.rule) AS rule
+            FROM decision FULL JOIN too_many USING (position) ORDER BY position
+            """,
+            [f"quota.{quota.by}", quota.at_most],
+        )
+        connection.execute("DROP TABLE decision")
+        connection.execute("ALTER TABLE renewed RENAME TO decision")
+
+
 def _write_verdicts(
-    connection: "duckdb.DuckDBPyConnection", judged: Sequence[Path], shard_size: int, verdicts: Path
+    connection: "duckdb.DuckDBPyConnection",
+    judged: Sequence[Path],
+    counted: Sequence[str],
+    shard_size: int,
+    verdicts: Path,
 ) -> Plan:
     plan: dict[str, list[str]] = {}
     kept = 0
+    hidden = {*FACTS.names, *FINGERPRINTS.names, *counted}
     for index, file in enumerate(progress(judged, "filter: verdicts")):
         table = pq.read_table(file)
         decided = {
@@ -265,7 +277,7 @@ def _write_verdicts(
             rules.append(rule)
             places.append(place)
             groups.append(group)
-        values = [name for name in table.column_names if name not in (*FACTS.names, *FINGERPRINTS.names)]
+        values = [name for name in table.column_names if name not in hidden]
         table = table.set_column(table.column_names.index("rule"), "rule", pa.array(rules, pa.string()))
         for field, column in zip(PLACES, (places, groups), strict=True):
             table = table.append_column(field, pa.array(column, field.type))

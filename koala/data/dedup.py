@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 NEIGHBOURS = 32
 """Rows of an order that each row is compared with."""
-BATCH = 1 << 14
+BATCH = 1 << 12
 """Rows in memory at a time."""
 
 Prepare = Callable[["pa.Table"], np.ndarray]
@@ -23,13 +23,13 @@ Prepare = Callable[["pa.Table"], np.ndarray]
 
 
 def near_pairs(
-    connection: "duckdb.DuckDBPyConnection", query: str, prepare: Prepare, least: float, bits: int | None = None
+    connection: "duckdb.DuckDBPyConnection", query: str, prepare: Prepare, least: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the pairs of positions whose vectors have at least this cosine, among neighbours in the order of a hash.
 
-    query: a SELECT of `position`, `key` (a hash of the vector by random planes) and, where `bits` limits in how many bits those
-    of a pair may differ, `dhash`. The time is that of sorting, whatever the rows: no two rows are compared for having a part of
-    a hash in common, as most pictures on a white ground have.
+    query: a SELECT of `position`, `key` (a hash of the vector by random planes) and what `prepare` needs. The time is that of
+    sorting, whatever the rows: no two rows are compared for having a part of a hash in common, as most pictures on a white
+    ground have.
     """
     import pyarrow as pa
 
@@ -43,25 +43,25 @@ def near_pairs(
         old = len(before) if before else 0
         table = pa.concat_tables([before, rows]) if before else rows
         positions, keys, vectors = table["position"].to_numpy(), table["key"].to_numpy(), prepare(table)
-        hashes = table["dhash"].to_numpy() if bits is not None else None
+        pairs = [(np.empty(0, np.int64), np.empty(0, np.int64))]
         for step in range(1, min(NEIGHBOURS, len(table) - 1) + 1):
             # Each new row with the one `step` before it.
             right = np.arange(max(old, step), len(table))
             left = right - step
             likely = np.bitwise_count(keys[left] ^ keys[right]) <= limit
-            if hashes is not None:
-                likely &= np.bitwise_count(hashes[left] ^ hashes[right]) <= bits
             left, right = left[likely], right[likely]
             found = (vectors[left] * vectors[right]).sum(axis=1) >= least
-            if found.any():
-                yield positions[left[found]], positions[right[found]]
+            pairs.append((positions[left[found]], positions[right[found]]))
+        lefts, rights = (np.concatenate(side) for side in zip(*pairs, strict=True))
+        if len(lefts):
+            yield lefts, rights
         before = table.slice(max(0, len(table) - NEIGHBOURS))
 
 
-def batches(connection: "duckdb.DuckDBPyConnection", query: str) -> "Iterator[pa.RecordBatch]":
-    """Yield a query's rows, `BATCH` at a time."""
+def batches(connection: "duckdb.DuckDBPyConnection", query: str, rows: int = BATCH) -> "Iterator[pa.RecordBatch]":
+    """Yield a query's rows, so many at a time."""
     relation: Any = connection.sql(query)
-    yield from relation.to_arrow_reader(BATCH)
+    yield from relation.to_arrow_reader(rows)
 
 
 def matrix(column: "pa.ChunkedArray", dtype: type[np.generic]) -> np.ndarray:
@@ -111,62 +111,19 @@ class Groups:
 
 
 class Chain:
-    """The images of one group, which chains of pairs join, told apart again: given one after the other, the best first.
+    """The images of one group, which chains of pairs join, told apart again: given one after the other, the best first."""
 
-    Memory grows with the names of the images that are like none before them. Of their looks the last `ROOM` are compared.
-    """
+    def __init__(self) -> None:
+        """Start without images."""
+        self._heads: dict[object, int] = {}
 
-    def __init__(self, thumbnail: float, cosine: float | None) -> None:
-        """Take the least correlation of thumbnails, and the least cosine of embeddings, of the same picture."""
-        self._names: dict[object, int] = {}
-        self._looks = _Heads(thumbnail)
-        self._embeddings = _Heads(2.0 if cosine is None else cosine)
-
-    def head(self, position: int, names: Collection[object], look: np.ndarray, embedding: np.ndarray | None) -> int:
+    def head(self, position: int, names: Collection[object], like: Collection[object]) -> int:
         """Return the position of the first image that is the same picture, or the image's own.
 
-        names: what no other picture has in common with it: its hash, its URL. look: its thumbnail's pattern.
+        names: what no other picture has in common with it: its image's number, its URL. like: the names of the images that
+        show the same picture.
         """
-        if known := [self._names[name] for name in names if name in self._names]:
+        if known := [self._heads[name] for name in (*names, *like) if name in self._heads]:
             return min(known)
-        vectors = [(self._looks, look), *([(self._embeddings, embedding)] if embedding is not None else [])]
-        for heads, vector in vectors:
-            if (like := heads.like(vector)) is not None:
-                return like
-        for heads, vector in vectors:
-            heads.add(position, vector)
-        self._names |= dict.fromkeys(names, position)
+        self._heads |= dict.fromkeys(names, position)
         return position
-
-
-ROOM = 4096
-"""Images of one group that each further one is compared with."""
-
-
-class _Heads:
-    """Images by a vector, the last `ROOM` of them."""
-
-    def __init__(self, least: float) -> None:
-        self._least = least
-        self._count = 0
-        self._positions = np.empty(8, np.int64)
-        self._vectors = np.empty((8, 0), np.float32)
-
-    def like(self, vector: np.ndarray) -> int | None:
-        """Return the position of an image with at least this cosine."""
-        there = min(self._count, ROOM)
-        if not there:
-            return None
-        found = np.flatnonzero(self._vectors[:there] @ vector >= self._least)
-        return int(self._positions[found[0]]) if found.size else None
-
-    def add(self, position: int, vector: np.ndarray) -> None:
-        size = len(self._positions)
-        if not self._count:
-            self._vectors = np.empty((size, len(vector)), np.float32)
-        elif self._count == size < ROOM:
-            self._positions = np.concatenate([self._positions, np.empty(size, np.int64)])
-            self._vectors = np.concatenate([self._vectors, np.empty((size, len(vector)), np.float32)])
-        place = self._count % ROOM
-        self._positions[place], self._vectors[place] = position, vector
-        self._count += 1

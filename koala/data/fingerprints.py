@@ -9,6 +9,8 @@ SIDE = 16
 """Side of a colour thumbnail, pixels."""
 TABLES = 12
 """Hashes of a thumbnail or an embedding: the more, the fewer pairs are missed."""
+LOOK_HASHES = tuple(f"look_{table}" for table in range(TABLES))
+EMBEDDING_HASHES = tuple(f"embedding_{table}" for table in range(TABLES))
 
 
 def dhash(image: Image.Image) -> int:

@@ -7,10 +7,11 @@ finds duplicates.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +19,10 @@ import pyarrow.parquet as pq
 
 from koala.console import progress
 from koala.data import manifest
-from koala.data.config import FilterConfig
+from koala.data.config import FilterConfig, Quota
 from koala.data.executor import each
-from koala.data.fingerprints import TABLES, dhash, pattern, plane_hashes, thumbnail
+from koala.data.fingerprints import EMBEDDING_HASHES, LOOK_HASHES, dhash, pattern, plane_hashes, thumbnail
+from koala.data.registration import miniature
 from koala.data.rules.base import View, look, original_size
 from koala.data.rules.language import Language
 from koala.data.shards import Sample, read_shard
@@ -40,13 +42,12 @@ FACTS = pa.schema(
     }
 )
 """Columns of a verdict that are known of a sample by itself. The measured values follow, float64."""
-LOOK_HASHES = tuple(f"look_{table}" for table in range(TABLES))
-EMBEDDING_HASHES = tuple(f"embedding_{table}" for table in range(TABLES))
 FINGERPRINTS = pa.schema(
     {
         "position": pa.int64(),  # the shard's index * 2**32 + the row
         "fetched_sha256": pa.binary(32),  # of the file before the download resized it, where recorded
         "thumbnail": pa.binary(),
+        "miniature": pa.binary(),  # JPEG
         "embedding": pa.binary(),  # float16
         **{name: pa.uint64() for name in (*LOOK_HASHES, *EMBEDDING_HASHES)},
     }
@@ -68,7 +69,8 @@ class _Job:
         """Return what a table is made from. One with another stamp is made again."""
         files = [file.stat() for file in (self.shard, self.scores) if file]
         state = [(file.st_size, file.st_mtime_ns) for file in files]
-        return json.dumps([self.index, self.shard.name, state, self.config.recipe()["rules"]])
+        recipe = self.config.recipe()
+        return json.dumps([self.index, self.shard.name, state, recipe["rules"], recipe["quotas"], FINGERPRINTS.names])
 
     def finished(self) -> bool:
         """Return whether the table is there."""
@@ -111,12 +113,14 @@ def _judge_shard(job: _Job) -> None:
     columns = [pa.field(name, pa.float64()) for name in values if not scores or name not in scores.names]
     if scores:
         columns += [pa.field(name, pa.float64(), metadata={SCORER: b"1"}) for name in scores.names]
-    schema = pa.schema([*FACTS, *columns, *FINGERPRINTS], metadata={"stamp": stamp})
+    quotas = [field for index in range(len(job.config.quotas)) for field in quota_columns(index)]
+    schema = pa.schema([*FACTS, *columns, *FINGERPRINTS, *quotas], metadata={"stamp": stamp})
     samples = read_shard(job.shard)
     rows = []
     for row, sample in enumerate(scores.join(samples) if scores else samples):
         scored = scores.of(sample) if scores else {}
-        rows.append(judge(sample, job.config) | scored | {"position": (job.index << 32) + row})
+        judged = judge(sample, job.config) | scored
+        rows.append(judged | _counted(sample, judged, job.config.quotas) | {"position": (job.index << 32) + row})
     _add_hashes(rows, "thumbnail", LOOK_HASHES, lambda pixels: pattern(np.frombuffer(pixels, np.uint8)[None])[0])
     _add_hashes(rows, "embedding", EMBEDDING_HASHES, lambda embedding: np.frombuffer(embedding, np.float16))
     unfinished = job.output.with_suffix(".part")
@@ -159,6 +163,27 @@ def judge(sample: Sample, config: FilterConfig) -> dict[str, Any]:
     return facts | {name: None if value != value else float(value) for name, value in values.items()} | _looks(view)
 
 
+def quota_columns(index: int) -> tuple[pa.Field, pa.Field]:
+    """Return the columns of a quota: the value that it counts by, and the score that it prefers."""
+    return pa.field(f"quota_{index}", pa.string()), pa.field(f"best_{index}", pa.float64())
+
+
+def _counted(sample: Sample, judged: Mapping[str, Any], quotas: Sequence[Quota]) -> dict[str, Any]:
+    """Return a sample's values and scores for the quotas."""
+    found: dict[str, Any] = {}
+    for index, quota in enumerate(quotas):
+        value, best = quota_columns(index)
+        known = {
+            "host": urlsplit(judged["url"]).hostname if quota.by == "host" else None,
+            "language": judged["language"],
+        }
+        by = known.get(quota.by, sample.meta.get(quota.by))
+        score = sample.meta.get(quota.best) if quota.best else None
+        found[value.name] = None if by is None else str(by)
+        found[best.name] = float(score) if isinstance(score, int | float) and score == score else None
+    return found
+
+
 def _language(sample: Sample, config: FilterConfig) -> str | None:
     return next((rule.language(sample.caption) for rule in config.rules if isinstance(rule, Language)), None)
 
@@ -174,7 +199,7 @@ def _fetched(sample: Sample) -> bytes | None:
 def _looks(view: View) -> dict[str, Any]:
     if view.small is None:
         return {}
-    return {"dhash": dhash(view.small), "thumbnail": thumbnail(view.small)}
+    return {"dhash": dhash(view.small), "thumbnail": thumbnail(view.small), "miniature": miniature(view.small)}
 
 
 class Scores:

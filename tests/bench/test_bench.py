@@ -373,7 +373,7 @@ def test_the_search_for_duplicates_is_measured_at_each_size(workspace: Path) -> 
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line[:1].isdigit()]
     assert [row[0] for row in rows] == ["400", "2,000"]
-    assert all(float(row[2]) >= 0.9 and 0.05 < float(row[3]) < 2 for row in rows)
+    assert all(float(row[2]) < 5 and float(row[3]) == float(row[4]) == 1 and 0.05 < float(row[5]) < 2 for row in rows)
 
 
 def test_reading_is_measured_beside_webdataset(tmp_path: Path) -> None:
