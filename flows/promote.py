@@ -1,7 +1,7 @@
 """The flow `promote`: a version at the targets becomes the one that stands. Rollback is the promotion of an older version.
 
     prefect deployment run promote/version --param student=koala-700m --param version=v3
-    python -m flows.promote koala-700m --yes --because "sharper hands" --by ada      # answers a run that waits
+    koala release approve koala-700m v3 --because "sharper hands" --by ada      # answers a run that waits
 
 The verdicts of the gate and the version beside the champion are in the run. While it waits for a person, it holds no worker: the
 answer, here or in the UI (Resume), starts it again on any worker.
@@ -35,7 +35,6 @@ from prefect.states import Completed, Failed
 
 from flows.server import require_server
 from flows.services import ServiceError
-from flows.stages import promotes_by_itself
 from koala import tracking
 from koala.console import say
 
@@ -65,21 +64,25 @@ def promote(student: str, version: str) -> State[Any]:
             if current.run_count == 1:  # not again after a person's answer
                 _show(student, version, Path(folder))
         by = "the rules"
-        if not (verdict["passed"] and promotes_by_itself()):
+        if not verdict["automatic"]:
             answer = _ask(student, version, verdict)
             by = f"{answer.by}{': ' if answer.because else ''}{answer.because}"
             if not answer.yes:
-                return Completed(name="Declined", message=f"{student} stays {verdict['stands']}, says {by}")
+                return Completed(
+                    name="Declined", message=f"{student} stays {verdict['stands'] or 'unreleased'}, says {by}"
+                )
         _koala("release", "rollback", student, version)
     except CommandError as error:
         return Failed(message=str(error))
-    return Completed(message=f"{student} is {version}, was {verdict['stands']}: by {by}")
+    was = f", was {verdict['stands']}" if verdict["stands"] else ""
+    return Completed(message=f"{student} is {version}{was}: by {by}")
 
 
 def _ask(student: str, version: str, verdict: dict[str, Any]) -> Answer:
     """Wait, suspended, for a person. The first call ends the process; the run's next one returns the answer."""
     rules = "\n".join(f"- {each}" for each in verdict["rules"]) or "- there is no rule"
-    text = f"Shall **{student} {version}** take the place of {verdict['stands']}? This run's artifacts show both.\n\n{rules}"
+    place = f"take the place of {verdict['stands']}" if verdict["stands"] else "be the first that stands"
+    text = f"Shall **{student} {version}** {place}? This run's artifacts show it.\n\n{rules}"
     form = Answer.with_initial_data(description=text, yes=False, by="")
     return suspend_flow_run(wait_for_input=form, timeout=WAITS_SECONDS, key="gate")
 
@@ -116,13 +119,14 @@ def _koala(*arguments: str) -> None:
         raise CommandError(lines[-1] if lines else f"koala {arguments[0]} ended with status {done.returncode}")
 
 
-def answer(student: str, yes: bool, by: str, because: str) -> list[str]:
-    """Answer all runs that wait to promote a version of `student`. Return their names."""
+def answer(student: str, yes: bool, by: str, because: str, version: str | None = None) -> list[str]:
+    """Answer all runs that wait to promote a version of `student`, or this one alone. Return their names."""
     waiting = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED])))
     named = FlowFilter(name=FlowFilterName(any_=[promote.name]))
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(flow_filter=named, flow_run_filter=waiting)
     mine = [run for run in runs if run.parameters.get("student") == student]
+    mine = [run for run in mine if version in (None, run.parameters.get("version"))]
     for run in mine:
         resume_flow_run(run.id, run_input={"yes": yes, "by": by, "because": because})
     return [run.name for run in mine]
@@ -134,6 +138,7 @@ def main() -> int:
         prog="python -m flows.promote", description="Answer a promotion that waits for a person."
     )
     parser.add_argument("student", metavar="STUDENT")
+    parser.add_argument("--version", metavar="VERSION", help="such as v3; left out: all that wait")
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--yes", action="store_true", help="let the version stand")
     choice.add_argument("--no", action="store_true", help="leave the one that stands")
@@ -142,14 +147,15 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         require_server()
-        answered = answer(arguments.student, arguments.yes, arguments.by, arguments.because)
+        answered = answer(arguments.student, arguments.yes, arguments.by, arguments.because, arguments.version)
     except ServiceError as error:
         say(f"promote: {error}")
         return 2
     for name in answered:
         say(f"promote: answered: {name}")
     if not answered:
-        say(f"promote: no promotion of {arguments.student} waits: prefect deployment run promote/version starts one")
+        what = f"{arguments.student} {arguments.version or ''}".rstrip()
+        say(f"promote: no promotion of {what} waits: prefect deployment run promote/version starts one")
     return 0 if answered else 2
 
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from koala.tracking import FLOW_RUN, PARENT_RUN, close_runs
 
 FIXABLE = 2
 """koala's exit status for an error that the user can fix: a retry would only give it again."""
+
+PUSH_PAUSES = (10.0, 30.0, 60.0)
+"""Seconds before a failed push is tried again. Until it succeeds, what a stage made lies on this machine only."""
 
 _COMMAND_FAILED = re.compile(r"ERROR: failed to reproduce .* exited with (-?\d+)")
 # DVC's advice, after each stage, on how to commit dvc.lock.
@@ -78,6 +82,12 @@ def reproduce_in_clone(stage: str, flow_run: str, parent_run: str, show: Callabl
         return outcome
     if stage not in _locked():
         return Outcome(1, f"DVC neither ran nor restored {stage}")
+    for pause in PUSH_PAUSES:
+        outcome = dvc("push", "--run-cache", "--with-deps", stage)
+        if outcome.status == 0 or outcome.stopped:
+            return outcome
+        show(f"{stage} is not pushed: again in {pause:.0f} s")
+        time.sleep(pause)
     return dvc("push", "--run-cache", "--with-deps", stage)
 
 

@@ -115,11 +115,6 @@ def machine() -> str:
     return os.environ.get("KOALA_MACHINE") or str(_params().get("machine") or "")
 
 
-def promotes_by_itself() -> bool:
-    """Return whether params.yaml lets a version that meets every rule stand without a person's yes."""
-    return _params().get("promote") == "automatic"
-
-
 def _params() -> dict[str, Any]:
     found: dict[str, Any] = yaml.safe_load(Path("params.yaml").read_text())
     return found

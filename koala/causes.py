@@ -1,4 +1,4 @@
-"""Reasons to retrain: the source's content, the teacher's branch, the filter's report beside the champion's.
+"""Reasons to retrain: the source's content, the teacher's branch, the filter's report beside the champion's, the champion itself.
 
 A cause is found without changing anything. Its change is then made in a worktree, and committed.
 """
@@ -17,6 +17,7 @@ from koala.data import pins
 from koala.data.tables import TableSource
 from koala.data.update import changes, pin, resolve
 from koala.errors import KoalaError
+from koala.evaluate.config import EvaluateConfig
 from koala.params import Params
 from koala.teacher.config import HubTeacher
 from koala.teacher.hub import head
@@ -49,7 +50,7 @@ def find(tree: Path) -> list[Cause]:
     A list on disk is found from the current folder: the checkout. Raises KoalaError where something cannot be reached.
     """
     params = parameters.load(tree / parameters.FILE)
-    found = [_source(params, tree), _teacher(params), _filter(params)]
+    found = [_source(params, tree), _teacher(params), _filter(params), _champion(params)]
     return [cause for cause in found if cause]
 
 
@@ -108,6 +109,27 @@ def _filter(params: Params) -> Cause | None:
     content = newest[1].get("data_hash", newest[0])
     said = [line for found in lines.values() for line in found]
     return Cause(f"{params.profile}: the filter's report", content, lambda _: list(dict.fromkeys(said)))
+
+
+def _champion(params: Params) -> Cause | None:
+    scores = params.watch.champion.scores
+    if not scores:
+        return None
+    from koala.publish.champion import standing
+    from koala.publish.remeasure import fallen
+
+    config = params.config("evaluate")
+    assert isinstance(config, EvaluateConfig)
+    lines, releases = [], []
+    for student in params.students:
+        if (champion := standing(params.recipe.publish.targets, student)) and (
+            found := fallen(config, champion, scores)
+        ):
+            lines += found
+            releases.append(f"{student} {champion.shelf.manifest(champion.version).sha256}")
+    # The same release is one cause, whatever it scores today.
+    name = f"{params.profile}: the champion is below its own interval"
+    return Cause(name, " ".join(releases), lambda _: lines) if lines else None
 
 
 def _filter_of_champion(experiment: str, student: str) -> str | None:

@@ -438,16 +438,23 @@ def release_judge(
 @release.command("approve")
 def release_approve(
     name: StudentName,
-    because: Annotated[str, typer.Option(help="why it is released all the same")],
+    because: Annotated[str, typer.Option(help="why")],
+    version: Annotated[
+        str | None, typer.Argument(metavar="VERSION", help="whose promotion waits; left out: the student, at the gate")
+    ] = None,
     by: Annotated[str | None, typer.Option(help="who says so; left out: the account's name")] = None,
 ) -> None:
-    """Let a student out that misses a rule of the gate, by name."""
+    """Let a student out that misses a rule, or a version stand."""
     from koala import params as parameters
+    from koala.publish.promotion import approve_version
     from koala.publish.releases import approve
     from koala.runner import artifact
 
     loaded = parameters.load()
     loaded.student(name)
+    if version:
+        approve_version(name, version, because, by)
+        return
     approve(loaded.publish, name, artifact("evaluation", name), because, by)
 
 

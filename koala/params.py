@@ -270,8 +270,6 @@ class Document(Config):
     """The profile that stages run: what is made."""
     machine: str
     """The machine that they run on: how it is computed. KOALA_MACHINE in the environment takes its place."""
-    promote: Literal["ask", "automatic"] = "ask"
-    """Whether the flow `promote` waits for a person's yes also where a version meets every rule of the gate."""
     watch: WatchConfig = WatchConfig()
     """When the flow `watch` retrains, apart from a change of the source."""
     students: dict[str, Student]

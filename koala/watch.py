@@ -23,6 +23,14 @@ class FilterLimits(Config):
     deviations."""
 
 
+class ChampionLimits(Config):
+    """Scores by which the release that stands is measured again. It takes as long as its evaluation did."""
+
+    scores: tuple[str, ...] = ()
+    """Names of scores such as `attributes/all`. One whose mean on the release's own prompts and seeds is below the release's
+    95 % interval starts a retraining."""
+
+
 class WatchConfig(Config):
     """What else than a change of the source starts a retraining. By default nothing."""
 
@@ -30,6 +38,8 @@ class WatchConfig(Config):
     """Branch of the teacher's repository on the Hub, such as `main`: a new commit there becomes the teacher's revision."""
     filter: FilterLimits = FilterLimits()
     """Limits of the filter's report beside the champion's."""
+    champion: ChampionLimits = ChampionLimits()
+    """The champion measured again. By default it is not."""
 
 
 Report = Mapping[str, Any]

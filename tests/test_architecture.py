@@ -204,7 +204,7 @@ class NoteTarget(Target):
     kind: Literal["note"] = "note"
     file: str
 
-    def send(self, release, name):
+    def send(self, release, name, stands=True):
         Path(self.file).write_text(name)
         return {"file": self.file}
 """,

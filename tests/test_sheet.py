@@ -90,7 +90,9 @@ def test_a_lora_that_is_a_pickle_is_refused() -> None:
 
 def test_a_students_name_is_that_of_its_release(workspace: Path, change_params: Callable[..., None]) -> None:
     change_params(publish={"targets": {"folder": {"path": "releases"}}})
-    with pytest.raises(KoalaError, match=r"koala-700m has no release in a folder: publish one \(`koala publish"):
+    with pytest.raises(
+        KoalaError, match=r"koala-700m has no release that stands in a folder: publish one \(`koala publish"
+    ):
         _model("koala-700m")
     for version in ("v1", "v2"):
         (workspace / "releases/koala-700m" / version).mkdir(parents=True)

@@ -5,7 +5,7 @@ Nothing is generated again: both were evaluated on the same prompts and seeds, o
 
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from koala.evaluate.values import FILE as VALUES
 from koala.evaluate.values import SAMPLES, SAMPLES_OF_TEACHER, Values
 from koala.publish.config import PublishConfig
 from koala.publish.gate import Comparison, Verdict, judge
-from koala.publish.targets.base import Shelf
+from koala.publish.targets.base import Shelf, Target
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,8 +39,8 @@ class Champion:
         """Compare the student of `evaluation` in every score that both have, paired by prompt and seed."""
         ours = Values.read(evaluation / VALUES, str(evaluation / VALUES))
         try:
-            theirs = Values.read(io.BytesIO(self._read(VALUES)), f"{VALUES} of {self.place}")
-            then = json.loads(self._read("metrics.json"))["pinned"]
+            theirs = Values.read(io.BytesIO(self.read(VALUES)), f"{VALUES} of {self.place}")
+            then = json.loads(self.read("metrics.json"))["pinned"]
         except KoalaError as error:
             return Comparison({}, str(error))
         now = json.loads((evaluation / "metrics.json").read_text())["pinned"]
@@ -69,7 +69,8 @@ class Champion:
         }
         return grid(texts, {name: column for name, column in columns.items() if column})
 
-    def _read(self, file: str) -> bytes:
+    def read(self, file: str) -> bytes:
+        """Return the content of a file of the release. Raises KoalaError where it has none of that name."""
         content = self.shelf.read(self.version, file)
         if content is None:
             raise KoalaError(f"{self.place} holds no {file}")
@@ -89,9 +90,12 @@ def champion(config: PublishConfig, student: str) -> Champion | None:
 
     None where there is none, and where no rule asks for it.
     """
-    if not any(rule.of == "champion" for rule in config.require):
-        return None
-    for target in config.targets:
+    return standing(config.targets, student) if any(rule.of == "champion" for rule in config.require) else None
+
+
+def standing(targets: Sequence[Target], student: str) -> Champion | None:
+    """Return the latest release of a student at the first target that keeps versions; None where none stands."""
+    for target in targets:
         if shelf := target.shelf(student):
             version = shelf.latest()
             return Champion(f"{student} {version} (target {target.kind})", version, shelf) if version else None

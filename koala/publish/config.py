@@ -41,6 +41,10 @@ class PublishConfig(Config):
     targets: tuple[SerializeAsAny[Target], ...] = ()
     """Places that the release is sent to."""
 
+    promote: Literal["ask", "automatic"] = "ask"
+    """When a version that meets every rule becomes the latest: `automatic`, as soon as it is published; `ask`, once a person
+    says yes. The flow `promote` follows it too."""
+
     single_file: bool = True
     """Whether the release also holds the pipeline as one file in SDXL's original layout, and its U-Net as another."""
 

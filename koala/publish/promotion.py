@@ -1,11 +1,13 @@
 """A version at the targets, judged before it becomes the one that stands: by today's rules, beside today's champion."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from koala.console import text_table
+from koala.console import say, text_table
 from koala.errors import KoalaError
 from koala.evaluate.values import FILE as VALUES
 from koala.evaluate.values import SAMPLES
@@ -27,7 +29,8 @@ def judge_version(config: PublishConfig, student: str, version: str, out: Path) 
         out: Receives verdict.json (what is returned), verdicts.md (a table) and, where both have images, beside.png.
 
     Returns:
-        `version`, `stands` (the champion's version, or None), `passed` and `rules`, all verdicts in words.
+        `version`, `stands` (the champion's version, or None), `passed`, `automatic` (it may stand without a person's yes) and
+        `rules`, all verdicts in words.
 
     Raises:
         KoalaError: There is no such version, or it holds no evaluation.
@@ -54,10 +57,12 @@ def judge_version(config: PublishConfig, student: str, version: str, out: Path) 
     metrics = json.loads((evaluation / "metrics.json").read_text())
     then = json.loads(champion.shelf.read(champion.version, "metrics.json") or b"{}") if champion else {}
     (out / TABLE).write_text(_table(version, latest, verdicts, metrics.get("after", {}), then.get("after", {})))
+    passed = all(each.passed for each in verdicts)
     verdict = {
         "version": version,
         "stands": latest,
-        "passed": all(each.passed for each in verdicts),
+        "passed": passed,
+        "automatic": passed and config.promote == "automatic",
         "rules": [f"{'passed' if each.passed else 'failed'}: {each}" for each in verdicts],
     }
     (out / VERDICT).write_text(json.dumps(verdict, indent=2) + "\n")
@@ -77,6 +82,23 @@ def _table(
             *(f"| figure | {latest or 'none'} (stands) | {version} |", "|---|---|---|", *figures, ""),
         ]
     )
+
+
+def approve_version(student: str, version: str, because: str, by: str | None) -> None:
+    """Answer yes to the flow `promote` that waits with a version. by: left out, the name of the account.
+
+    Raises:
+        KoalaError: None waits, or Prefect does not answer.
+    """
+    # A process of its own, since Prefect is imported by flows alone.
+    command = [sys.executable, "-m", "flows.promote", student, f"--version={version}", "--yes", f"--because={because}"]
+    command += [f"--by={by}"] if by else []
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    if done.returncode:
+        raise KoalaError(lines[-1].removeprefix("promote: ") if lines else f"{command[2]} ended with {done.returncode}")
+    for line in lines:
+        say(line)
 
 
 def show_verdict(verdict: dict[str, Any]) -> str:

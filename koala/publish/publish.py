@@ -41,7 +41,7 @@ def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path,
         evaluation: Its evaluation.
         out: Where the release goes; what an interrupted call left there is replaced.
         run: Receives the gate's page, the card and the receipt; of a student that is refused, the page and a receipt. The
-            release is registered as `challenger`, and as `champion` once all targets have it.
+            release is registered as `challenger` and, with `promote: automatic`, as `champion` once all targets have it.
 
     Raises:
         KoalaError: The student does not meet a rule, and nobody approved it: nothing is released. Or a target failed: the
@@ -62,6 +62,7 @@ def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path,
         "commit": training.get("commit"),
         "rules": [verdict.report() for verdict in verdicts],
         "approval": approval.model_dump(mode="json") if approval else None,
+        "promote": config.promote,
         "targets": [],
     }
     _log(run, verdicts)
@@ -91,21 +92,31 @@ def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path,
 
     content, cards = Manifest.of(out).sha256, [out / each for each in _REGISTERED if (out / each).is_file()]
     run.register(name, content, cards, _origin(training), "challenger")
-    failures = _send(config.targets, out, name, receipt)
+    stands = config.promote == "automatic"
+    failures = _send(config.targets, out, name, receipt, stands)
     run.artifact(out / RECEIPT)
     run.artifact(out / "README.md")
     if failures:
         raise KoalaError(f"{name}: {'; '.join(failures)}: publish again, what other targets have is not sent twice")
-    run.register(name, content, cards, _links(receipt), "champion")
+    run.register(name, content, cards, _links(receipt), "champion" if stands else "challenger")
     run.tags({"released": "yes"})
-    say(f"publish: {name} is released")
-    if version := next((answer["version"] for answer in receipt["targets"] if "version" in answer), None):
+    version = next((answer["version"] for answer in receipt["targets"] if "version" in answer), None)
+    say(f"publish: {name} is released" if stands else _candidate(name, version))
+    if version:
         # The form that gto and `dvc artifacts` read.
         tag = f"git tag -a {name}@{version}.0.0 -m 'Release {name} {version}'"
         say(f"publish: to name it in git, once dvc.lock is committed: {tag}")
 
 
-def _send(targets: Sequence[Target], out: Path, name: str, receipt: dict[str, Any]) -> list[str]:
+def _candidate(name: str, version: str | None) -> str:
+    return (
+        f"publish: {name} {version or ''} is at the targets as a candidate, and what stands there stays (publish.promote: ask): "
+        "promote it by `prefect deployment run promote/version` (docs/team.md), or without a server by "
+        f"`koala release rollback {name} {version or 'VERSION'}`"
+    )
+
+
+def _send(targets: Sequence[Target], out: Path, name: str, receipt: dict[str, Any], stands: bool) -> list[str]:
     """Send the release to every target, also where one before it failed; note in the receipt what each answered.
 
     Returns what failed, in words.
@@ -114,7 +125,7 @@ def _send(targets: Sequence[Target], out: Path, name: str, receipt: dict[str, An
     _write(out / RECEIPT, receipt)
     for target in targets:
         try:
-            receipt["targets"].append({"kind": target.kind, **target.send(out, name)})
+            receipt["targets"].append({"kind": target.kind, **target.send(out, name, stands)})
         except KoalaError as error:
             receipt["targets"].append({"kind": target.kind, "failed": str(error)})
             failures.append(f"not at target {target.kind}: {error}")

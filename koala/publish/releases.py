@@ -66,8 +66,7 @@ def folder_of(targets: Sequence[Target], student: str, version: str | None) -> P
             return shelf.place / str(chosen)
     there_are = sorted({each for shelf in shelves for each in shelf.versions()})
     raise KoalaError(
-        f"{student} has no release {version or ''}".rstrip()
-        + " in a folder: "
+        f"{student} has no release {version or 'that stands'} in a folder: "
         + (f"choose one of {', '.join(there_are)}" if there_are else f"publish one (`koala publish {student}`)")
     )
 
@@ -80,10 +79,7 @@ def verify(targets: Sequence[Target], student: str, version: str | None) -> None
     """
     chosen = []
     for kind, shelf in _shelves(targets, student):
-        found = version or shelf.latest()
-        if found is None:
-            raise KoalaError(f"target {kind} holds no release of {student}: publish one (`koala publish {student}`)")
-        chosen.append((kind, shelf, found))
+        chosen.append((kind, shelf, version or _standing(student, kind, shelf)))
     _check(student, chosen)
 
 
@@ -112,7 +108,9 @@ def roll_back(targets: Sequence[Target], student: str, version: str) -> Manifest
     for kind, shelf, held in chosen:
         before = shelf.latest()
         shelf.point_to(held)
-        say(f"target {kind}: the latest {student} is {held}" + (f", was {before}" if before != held else ""))
+        say(
+            f"target {kind}: the latest {student} is {held}" + (f", was {before}" if before not in (None, held) else "")
+        )
     return manifest
 
 
@@ -152,12 +150,22 @@ def _release(targets: Sequence[Target], student: str, version: str | None) -> Re
     """Return a version at the first target that has it; left out, the latest of the first."""
     shelves = list(_shelves(targets, student))
     for kind, shelf in shelves:
-        chosen = version or shelf.latest()
-        if chosen is None:
-            raise KoalaError(f"target {kind} holds no release of {student}: publish one (`koala publish {student}`)")
+        chosen = version or _standing(student, kind, shelf)
         if chosen in shelf.versions():
             return Release(student, chosen, shelf)
     return Release(student, str(version), shelves[0][1])  # whose manifest says which versions there are
+
+
+def _standing(student: str, kind: str, shelf: Shelf) -> str:
+    """Return the latest version at a target. Raises KoalaError with the candidates that there are."""
+    if latest := shelf.latest():
+        return latest
+    if candidates := shelf.versions():
+        raise KoalaError(
+            f"no release of {student} stands at target {kind}: name a candidate ({', '.join(candidates)}), or promote one "
+            "(docs/team.md)"
+        )
+    raise KoalaError(f"target {kind} holds no release of {student}: publish one (`koala publish {student}`)")
 
 
 def _shelves(targets: Sequence[Target], student: str) -> Iterator[tuple[str, Shelf]]:

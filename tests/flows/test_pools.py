@@ -16,9 +16,10 @@ import yaml
 from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import State, StateType
+from relay import relay
 
 from flows import distill as module
-from flows import pools
+from flows import pools, repro
 from flows.deployments import deploy
 from flows.distill import distill
 from flows.repro import Outcome, reproduce_in_clone
@@ -118,7 +119,10 @@ def test_an_old_lock_gives_no_old_data(machine: Callable[[str], Path], shared: P
     assert (other / "artifacts/demo/heat/from").read_text() == "cake"
 
 
-def test_a_push_that_fails_fails_the_stage(machine: Callable[[str], Path], s3_server: tuple[str, int]) -> None:
+def test_a_push_that_fails_fails_the_stage(
+    machine: Callable[[str], Path], s3_server: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repro, "PUSH_PAUSES", (0.0,))
     folder = machine("one")
     config = folder / ".dvc/config"
     config.write_text(config.read_text().replace("s3://koala/", "s3://no-such-bucket/"))
@@ -294,3 +298,28 @@ def test_a_stage_whose_machine_is_lost_starts_again_at_most_twice(
         assert ended.result(30).type.value == expected
     assert statuses == ["KILLED" if end == "CRASHED" else "RUNNING" for end in ends]
     assert len(said) == ends[:2].count("CRASHED")
+
+
+@pytest.mark.team
+def test_s3_that_refuses_for_20_seconds_as_a_stage_is_pushed_is_waited_for(
+    machine: Callable[[str], Path], shared: Path, s3_server: tuple[str, int]
+) -> None:
+    """Else the next try, which may be on another machine, would compute the stage again."""
+    host, port = s3_server
+    with relay(s3_server) as s3:
+        config = shared / ".dvc/config"
+        config.write_text(config.read_text().replace(f"{host}:{port}", f"127.0.0.1:{s3.port}"))
+        git(shared, "commit", "--quiet", "--all", "--message=relay")
+        machine("one")
+        lines: list[str] = []
+
+        def show(line: str) -> None:
+            lines.append(line)
+            if line.startswith("making knead"):
+                s3.refuse(20)
+
+        assert reproduce_in_clone("knead", "a-flow-run", "a-parent-run", show) == Outcome(0), lines
+        assert s3.refused > 0
+        machine("two")
+        assert computed("knead") == []
+        assert Path("artifacts/demo/knead/from").read_text() == "bread"

@@ -1,6 +1,9 @@
 """Promotion on a real Prefect server, of versions at a real target."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +34,7 @@ def target(workspace: Path) -> FolderTarget:
     document["profiles"]["smoke"]["publish"] |= {
         "targets": {"folder": {"path": str(workspace / "shelf")}},
         "require": rules,
+        "promote": "ask",
     }
     params.write_text(yaml.safe_dump(document))
     target = FolderTarget(path=workspace / "shelf")
@@ -107,7 +111,9 @@ def test_a_no_changes_nothing(
 
 def test_automatic_only_where_every_rule_is_met(target: FolderTarget, client: SyncPrefectClient) -> None:
     params = Path("params.yaml")
-    params.write_text(params.read_text() + "promote: automatic\n")
+    document = yaml.safe_load(params.read_text())
+    document["profiles"]["smoke"]["publish"]["promote"] = "automatic"
+    params.write_text(yaml.safe_dump(document))
     state = promote("koala-700m", "v1", return_state=True)
     assert state.message == "koala-700m is v1, was v2: by the rules"
     state = promote("koala-700m", "v2", return_state=True)  # by hand nobody can be asked
@@ -119,3 +125,25 @@ def test_an_unknown_version_is_one_line(target: FolderTarget, client: SyncPrefec
     state = promote("koala-700m", "v9", return_state=True)
     assert state.is_failed()
     assert "has no version 'v9': choose one of v1, v2" in str(state.message)
+
+
+def test_a_command_says_yes_for_one_version(
+    begin: Callable[[str], UUID], run: Callable[[UUID], State[Any]], client: SyncPrefectClient, target: FolderTarget
+) -> None:
+    waiting = begin("v1")
+    run(waiting)
+    root = str(Path(__file__).parents[2])  # a checkout's folder holds flows/
+    environment = {**os.environ, "PREFECT_API_URL": str(client.api_url), "PYTHONPATH": root}
+
+    def approve(version: str) -> tuple[int, str]:
+        command = [Path(sys.executable).with_name("koala"), "release", "approve", "koala-700m", version]
+        command += ["--because", "smaller", "--by", "ada"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        return done.returncode, done.stderr.strip()
+
+    no = "koala: no promotion of koala-700m v2 waits: prefect deployment run promote/version starts one"
+    assert approve("v2") == (2, no)
+    assert approve("v1") == (0, "promote: answered: promote koala-700m v1")
+    state = run(waiting)
+    assert (state.type, state.message) == ("COMPLETED", "koala-700m is v1, was v2: by ada: smaller")
+    assert latest(target) == "v1"

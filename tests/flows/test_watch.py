@@ -1,6 +1,7 @@
 """Retraining: what changed becomes a commit on a branch, and `distill` starts at it once. Real git, Prefect, MLflow and S3."""
 
 import json
+import shutil
 import subprocess
 import threading
 import time
@@ -28,9 +29,14 @@ from flows.branches import fast_forward
 from flows.deployments import TEMPLATE, deploy
 from flows.distill import distill
 from flows.watch import watch
+from koala import params as parameters
 from koala import tracking
 from koala.data import pins
+from koala.evaluate.config import EvaluateConfig
+from koala.evaluate.prompts import seeded_prompts
+from koala.evaluate.values import Values
 from koala.provenance import git_commit
+from koala.publish.targets.folder import FolderTarget
 
 ROOT = Path(__file__).parents[2]
 TEACHER = "1" * 40
@@ -412,3 +418,42 @@ def test_an_event_starts_it(
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert [run.parameters for run in runs] == [{"because": "event: s3://lists/a.csv"}]
+
+
+def test_a_champion_below_its_own_interval_retrains_once(
+    checkout: Path, tiny_teacher: Path, tmp_path: Path, started: Callable[[str], list[str]]
+) -> None:
+    """The release has random weights, which get no attribute right; its metrics.json says that half were."""
+    params = parameters.load()
+    config = params.config("evaluate")
+    assert isinstance(config, EvaluateConfig)
+    release = Path(shutil.copytree(tiny_teacher, tmp_path / "release"))
+    prompts = seeded_prompts(config.prompts, 2, config.seed)
+    pinned = {
+        "steps": 1,
+        "guidance": 0,
+        "count": 2,
+        "seed": config.seed,
+        "dtype": "float32",
+        "metrics": {"attributes": {}},
+    }
+    scores = {"attributes/all": [0.5, 1.0]}
+    (release / "metrics.json").write_text(json.dumps({"pinned": pinned, "intervals": {"after": scores}}))
+    Values(prompts, {"after": {"attributes/all": [1.0, 0.0]}}).write(release / "values.parquet")
+    target = FolderTarget(path=tmp_path / "shelf")
+    target.send(release, "koala-700m")
+    accept()
+    publish = {**params.recipe.publish.recipe(), "targets": {"folder": {"path": str(target.path)}}}
+    publish = {name: publish[name] for name in ("license", "targets", "promote")}
+    change(publish=publish)
+    assert watch(return_state=True).name == "Unchanged"  # it is not asked for
+    change(publish=publish, watch={"champion": {"scores": ["attributes/all"]}})
+    for _ in range(2):
+        state = watch(return_state=True)
+        assert state.is_completed(), state.message
+    assert str(state.message).startswith("known already: mine: the champion is below its own interval")
+    said = git("log", "-1", "--format=%B", TODAY)
+    line = "koala-700m v1 (target folder): attributes/all 0.000, below its interval 0.500 to 1.000"
+    assert said.splitlines()[0] == "mine: the champion is below its own interval"
+    assert line in said
+    assert started(git("rev-parse", TODAY)) == ["koala-1b", "koala-700m"]

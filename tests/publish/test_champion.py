@@ -58,7 +58,8 @@ def evaluation(tmp_path: Path) -> Evaluate:
 @pytest.fixture
 def config(tmp_path: Path) -> PublishConfig:
     rule = Requirement(metric="good", of="champion", at_least=1)
-    return PublishConfig(license="mit", require=(rule,), targets=(FolderTarget(path=tmp_path / "shared"),))
+    targets = (FolderTarget(path=tmp_path / "shared"),)
+    return PublishConfig(license="mit", require=(rule,), targets=targets, promote="automatic")
 
 
 def release(config: PublishConfig, evaluation: Path, tmp_path: Path) -> None:

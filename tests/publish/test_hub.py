@@ -239,3 +239,27 @@ def test_a_rollback_does_not_undo_what_another_publisher_just_did(hub: Hub, rele
     with pytest.raises(KoalaError, match="another publisher moved it meanwhile: publish again"):
         roll_back([TARGET], NAME, "v1")
     assert on_main(hub) == {"README.md": b"of another publisher"}
+
+
+def test_a_candidate_is_a_tag_of_a_closed_pull_request_until_main_holds_it(hub: Hub, release: Path) -> None:
+    TARGET.send(release, NAME)
+    shelf, stood = TARGET.shelf(NAME), hub.refs["main"]
+    for _ in range(2):  # sent again: the same version
+        assert TARGET.send(second(release) if len(hub.tags) == 1 else release.with_name("second"), NAME, False) == {
+            "version": "v2",
+            "repository": "owner/koala-700m",
+            "commit": hub.refs["refs/pr/2"],
+        }
+    assert [pull["status"] for pull in hub.pulls] == ["merged", "closed"]
+    assert any("resolve/refs/pr/2/unet/weights.safetensors" in line for line in hub.asked), "it was not read back"
+    assert (hub.refs["main"], shelf.latest(), shelf.candidates()) == (stood, "v1", [])
+    roll_back([TARGET], NAME, "v2")
+    assert shelf.latest() == "v2"
+    assert on_main(hub) == {name: content for name, content in hub.tree("v2").items() if name != ".gitattributes"}
+
+
+def test_the_first_release_can_be_a_candidate(hub: Hub, release: Path) -> None:
+    assert TARGET.send(release, NAME, stands=False)["version"] == "v1"
+    assert (on_main(hub), TARGET.shelf(NAME).latest()) == ({}, None)
+    roll_back([TARGET], NAME, "v1")
+    assert TARGET.shelf(NAME).latest() == "v1"

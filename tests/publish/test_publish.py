@@ -52,6 +52,7 @@ CONFIG = PublishConfig(
         Requirement(metric="unet_parameters", at_most=500),
     ),
     sampling=SamplingConfig(steps=20, guidance=3.0, prompts=("a large red circle", "another")),
+    promote="automatic",
 )
 
 
@@ -205,6 +206,7 @@ def test_a_release_holds_the_pipeline_its_card_and_its_figures(folders, tmp_path
             {"metric": "unet_parameters", "at_most": 500, "value": 310, "bound": None, "passed": True},
         ],
         "approval": None,
+        "promote": "automatic",
         "targets": [],
     }
 
@@ -329,7 +331,7 @@ def test_a_release_published_again_beside_itself_as_champion_is_the_same_version
     Image.new("RGB", (32, 32)).save(folders["evaluation"] / "samples" / "000000.png")
     rule = Requirement(metric="attributes/all", of="champion", at_least=1)
     targets = (FolderTarget(path=tmp_path / "shared"),)
-    config = PublishConfig(license="apache-2.0", require=(rule, CONFIG.require[1]), targets=targets)
+    config = CONFIG.model_copy(update={"require": (rule, CONFIG.require[1]), "targets": targets})
     release = tmp_path / "release"
     for value in (None, 1.0):  # none to beat, then itself
         publish(config, **folders, out=release, run=NoRun())
@@ -347,7 +349,7 @@ def test_what_one_target_lacks_is_said_and_completed_by_publishing_again(
     class Down(Target):
         kind: str = "down"
 
-        def send(self, release: Path, name: str) -> dict[str, str]:
+        def send(self, release: Path, name: str, stands: bool = True) -> dict[str, str]:
             if not up:
                 raise KoalaError("it is down")
             return {"version": "v1"}
@@ -387,7 +389,7 @@ def test_a_target_of_a_user_needs_no_change_elsewhere(folders, tmp_path) -> None
     class Remember(Target):
         kind: str = "remember"
 
-        def send(self, release: Path, name: str) -> dict[str, str]:
+        def send(self, release: Path, name: str, stands: bool = True) -> dict[str, str]:
             sent.append((name, (release / "README.md").is_file()))
             return {"version": "1"}
 
@@ -464,3 +466,24 @@ def test_a_student_that_comfyui_recognises_has_a_workflow(folders, tmp_path, mon
     assert "ComfyUI recognises it as KOALA_700M" in card
     assert "`koala-700m-comfyui.json`" in card
     assert "- comfyui\n" in card
+
+
+def test_a_release_that_a_person_is_asked_about_is_a_candidate_and_what_stands_stays(
+    folders, tmp_path, recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = CONFIG.model_copy(update={"targets": (FolderTarget(path=tmp_path / "shared"),)})
+    asks = config.model_copy(update={"promote": "ask"})
+    shelf = config.targets[0].shelf("koala-700m")
+    publish(asks, **folders, out=tmp_path / "release", run=recorder)
+    assert (shelf.versions(), shelf.latest()) == (["v1"], None)
+    publish(config, **folders, out=tmp_path / "release", run=NoRun())
+    assert shelf.latest() == "v1"
+
+    (folders["evaluation"] / "summary.md").write_text("| another |")
+    publish(asks, **folders, out=tmp_path / "release", run=recorder)
+    assert (shelf.versions(), shelf.latest()) == (["v1", "v2"], "v1")
+    assert {entry[4] for entry in recorder.registered} == {"challenger"}
+    assert recorder.registered[-1][3]["folder.version"] == "v2"
+    receipt = json.loads((tmp_path / "release/receipt.json").read_text())
+    assert (receipt["promote"], receipt["released"], receipt["targets"][0]["version"]) == ("ask", True, "v2")
+    assert "koala-700m v2 is at the targets as a candidate, and what stands there stays" in capsys.readouterr().err

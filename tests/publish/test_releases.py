@@ -175,7 +175,7 @@ def test_a_target_without_versions_is_said() -> None:
     class Remember(Target):
         kind: str = "remember"
 
-        def send(self, release: Path, name: str) -> dict[str, str]:
+        def send(self, release: Path, name: str, stands: bool = True) -> dict[str, str]:
             return {}
 
     with pytest.raises(KoalaError, match=r"no target keeps versions: name one under publish.targets"):
@@ -200,3 +200,19 @@ def test_the_commands_take_the_targets_of_the_profile(
     refused = koala("verify", "panda")
     assert refused.returncode == 2
     assert refused.stderr.startswith("koala: no student 'panda'")
+
+
+def test_of_candidates_none_stands_until_one_is_promoted(
+    target: FolderTarget, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target.send(tmp_path / "release", "koala-1b", stands=False)
+    show_releases([target], ["koala-1b"])
+    assert "latest" not in capsys.readouterr().out
+    for ask in (show_release, verify):
+        with pytest.raises(
+            KoalaError, match=r"no release of koala-1b stands at target folder: name a candidate \(v1\)"
+        ):
+            ask([target], "koala-1b", None)
+    roll_back([target], "koala-1b", "v1")
+    assert "the latest koala-1b is v1\n" in capsys.readouterr().err
+    verify([target], "koala-1b", None)

@@ -335,3 +335,16 @@ def test_a_wrong_key_is_one_line_without_the_key(
         with pytest.raises(KoalaError, match=line) as caught:
             S3Target(location="s3://models/releases").send(release, "koala")
         assert secret not in str(caught.value)
+
+
+def test_a_version_that_does_not_stand_moves_no_pointer(release: Path, bucket: S3Target, tmp_path: Path) -> None:
+    for target in (bucket, FolderTarget(path=tmp_path / "shared")):
+        shelf = target.shelf("candidates")
+        assert target.send(release, "candidates", stands=False)["version"] == "v1"
+        assert (shelf.versions(), shelf.latest()) == (["v1"], None)
+        target.send(release, "candidates")
+        (release / "README.md").write_text(f"a candidate at {target.kind}")
+        assert target.send(release, "candidates", stands=False)["version"] == "v2"
+        assert (shelf.versions(), shelf.latest(), shelf.damaged("v2")) == (["v1", "v2"], "v1", [])
+        shelf.point_to("v2")
+        assert shelf.latest() == "v2"

@@ -15,10 +15,11 @@ class Target(Config, ABC):
     """Name of the kind."""
 
     @abstractmethod
-    def send(self, release: Path, name: str) -> dict[str, str]:
+    def send(self, release: Path, name: str, stands: bool = True) -> dict[str, str]:
         """Send the folder `release` under `name`. Return what the receipt shall hold of it.
 
-        Sending a release a second time changes nothing. What stands at the target is whole at any time.
+        Sending a release a second time changes nothing. What stands at the target is whole at any time, and stays where
+        `stands` is off: the release is a version beside it then.
         """
 
     def shelf(self, name: str) -> "Shelf | None":

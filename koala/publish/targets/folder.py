@@ -23,8 +23,8 @@ class FolderTarget(Target):
     path: Path
     """Folder of the releases."""
 
-    def send(self, release: Path, name: str) -> dict[str, str]:
-        """Copy the release to a new version, or find the one that holds it, and let latest.json name it.
+    def send(self, release: Path, name: str, stands: bool = True) -> dict[str, str]:
+        """Copy the release to a new version, or find the one that holds it; if it `stands`, let latest.json name it.
 
         Returns its `version` and `path`. Of several publishers one waits for the other.
         """
@@ -35,7 +35,8 @@ class FolderTarget(Target):
             if version is None:
                 version = after(shelf.versions())
                 _copy(release, manifest, shelf.place / version)
-            shelf.point_to(version)
+            if stands:
+                shelf.point_to(version)
         return {"version": version, "path": str(shelf.place / version)}
 
     def shelf(self, name: str) -> "FolderShelf":

@@ -1,8 +1,9 @@
 """The Hugging Face Hub as a target: a model repository a student, a tag a version.
 
-A candidate is a pull request on the commit that was the head. Its files are read back and compared before it is merged and
-tagged. Whoever publishes the same release again, after a broken upload too, finds its tag or its open pull request, and the Hub
-keeps the large files that arrived. Nothing is deleted from the repository's history: a rollback is a commit that restores files.
+A release is a pull request on the commit that was the head. Its files are read back and compared before it is merged and
+tagged; where another version stays in `main`, it is tagged and closed. Whoever publishes the same release again, after a broken
+upload too, finds its tag or its open pull request, and the Hub keeps the large files that arrived. Nothing is deleted from the
+repository's history: a rollback is a commit that restores files.
 
 The token and the address come from the environment alone (HF_TOKEN or `hf auth login`, HF_ENDPOINT).
 """
@@ -45,8 +46,8 @@ class HubTarget(Target):
     private: bool = True
     """Whether a repository that is created is private. One that is there stays as it is."""
 
-    def send(self, release: Path, name: str) -> dict[str, str]:
-        """Publish the release as a new version, or find the one that holds it, and let `main` hold it.
+    def send(self, release: Path, name: str, stands: bool = True) -> dict[str, str]:
+        """Publish the release as a new version, or find the one that holds it; if it `stands`, let `main` hold it.
 
         Returns its `version`, `repository` and `commit`. Raises KoalaError where the Hub does not let us, and where another
         publisher moved `main` meanwhile.
@@ -58,8 +59,11 @@ class HubTarget(Target):
             version = shelf.holding(manifest)
             if version is None:
                 version = after(shelf.versions())
-                shelf.tag(version, shelf.merge(release, manifest))
-            elif shelf.latest() != version:
+                if stands:
+                    shelf.tag(version, shelf.merge(release, manifest))
+                else:
+                    shelf.keep(version, release, manifest)
+            elif stands and shelf.latest() != version:
                 shelf.point_to(version)
             return {"version": version, "repository": shelf.repository, "commit": shelf.commit(version)}
 
@@ -171,18 +175,7 @@ class HubShelf(Shelf):
         head, files = self._head()
         if self._manifest(_MAIN) == manifest:
             return head  # merged by a publisher that ended before it tagged
-        title = f"{_TITLE} {manifest.sha256[:16]}"
-        number = self._candidate(title, head)
-        if number is None:
-            number = self._propose(release, manifest, title, head, files)
-        else:
-            say(f"publish: goes on with pull request {number} of {self.repository}")
-        if damaged := self.damaged(f"refs/pr/{number}"):
-            _patiently(lambda: self._hub.change_discussion_status(self.repository, number, "closed"))
-            raise KoalaError(
-                f"{self.repository} holds other bytes of {', '.join(damaged)} than were sent: its pull request {number} is "
-                "closed: publish again"
-            )
+        number = self._compared(release, manifest, head, files)
         if self._head()[0] != head:
             raise self._moved(head)
         _patiently(lambda: self._hub.merge_pull_request(self.repository, number))
@@ -190,6 +183,32 @@ class HubShelf(Shelf):
         if self._manifest(merged) != manifest:
             raise self._moved(head)
         return merged
+
+    def keep(self, version: str, release: Path, manifest: Manifest) -> None:
+        """Let `version` name the commit of a pull request that is closed unmerged: the tag keeps the commit."""
+        number = self._compared(release, manifest, *self._head())
+        info = _patiently(lambda: self._hub.model_info(self.repository, revision=f"refs/pr/{number}"))
+        self.tag(version, str(info.sha))
+        self._close(number)
+
+    def _compared(self, release: Path, manifest: Manifest, head: str, files: set[str]) -> int:
+        """Return the pull request of a release, new or found again, after its files were read back and compared."""
+        title = f"{_TITLE} {manifest.sha256[:16]}"
+        number = self._candidate(title, head)
+        if number is None:
+            number = self._propose(release, manifest, title, head, files)
+        else:
+            say(f"publish: goes on with pull request {number} of {self.repository}")
+        if damaged := self.damaged(f"refs/pr/{number}"):
+            self._close(number)
+            raise KoalaError(
+                f"{self.repository} holds other bytes of {', '.join(damaged)} than were sent: its pull request {number} is "
+                "closed: publish again"
+            )
+        return number
+
+    def _close(self, number: int) -> None:
+        _patiently(lambda: self._hub.change_discussion_status(self.repository, number, "closed"))
 
     def damaged(self, version: str) -> list[str]:
         """Return the files of a version, or of a pull request, that are missing or hold other bytes. Reads all of them."""

@@ -53,8 +53,8 @@ class S3Target(Target):
             raise ValueError("write it as s3://bucket/prefix")
         return location.rstrip("/")
 
-    def send(self, release: Path, name: str) -> dict[str, str]:
-        """Upload the release as a new version, or find the one that holds it, and let latest.json name it.
+    def send(self, release: Path, name: str, stands: bool = True) -> dict[str, str]:
+        """Upload the release as a new version, or find the one that holds it; if it `stands`, let latest.json name it.
 
         Returns its `version` and `location`. Raises KoalaError where the bucket cannot be used, and where another
         publisher moved latest.json meanwhile.
@@ -65,7 +65,8 @@ class S3Target(Target):
             before = shelf.pointer()
             version = shelf.claim(manifest)
             shelf.fill(version, manifest, release)
-            shelf.move_pointer(version, manifest, before)
+            if stands:
+                shelf.move_pointer(version, manifest, before)
         return {"version": version, "location": f"{self.location}/{name}/{version}"}
 
     def shelf(self, name: str) -> "S3Shelf":
