@@ -68,7 +68,8 @@ def download(config: DownloadConfig, table: Path, out: Path, run: Run) -> None:
         )
 
     for shard, counts in _stats(shards).items():
-        (shards / f"{shard}_stats.json").write_text(json.dumps(_without_times(counts), indent=1) + "\n")
+        if (kept := _without_times(counts)) != counts:
+            (shards / f"{shard}_stats.json").write_text(json.dumps(kept, indent=1) + "\n")
     _move_shards(shards, out)
     (out / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
     figure = plot(stats)
