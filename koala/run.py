@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 STATE = "state"
 """Folder inside a stage's `out` for what only resuming needs: the runner keeps it out of the artifact."""
+EARLIER = "earlier"
+"""Folder inside STATE with what the stage made last of another list, all else being the same, where the runner has it."""
 
 
 class Run(Protocol):

@@ -6,7 +6,8 @@
 
 dvc.yaml says which artifacts a stage reads and which it makes: a dep `artifacts/demo/latents` becomes the argument
 `latents`. Work in progress lies in runs/STAGE/KEY/out, where KEY follows from the stage's recipe and the content of its
-inputs: a stage that was interrupted finds it again. Nobody but the runner knows of these folders.
+inputs: a stage that was interrupted finds it again. Stages that work by row also find, in their state, what they made last of
+another list, by the same recipe, code and other inputs. Nobody but the runner knows of these folders.
 """
 
 import errno
@@ -30,13 +31,14 @@ from koala.config import Config
 from koala.console import say
 from koala.errors import KoalaError
 from koala.params import Params
-from koala.run import STATE
+from koala.run import EARLIER, STATE
 
 GRAPH = Path("dvc.yaml")
 ARTIFACTS = "artifacts"
 WORK = Path("runs")
 HASHES = WORK / "hashes.sqlite"
 _JUDGED = ("reference", "evaluate", "publish")  # their images are what the gate decides by
+_BY_ROW = {"download": "table", "encode": "kept"}  # take over rows of this input that did not change
 _FINISHED = "finished"  # marks a work folder whose artifact is in place, and whose state stays for more of the same
 
 
@@ -52,6 +54,8 @@ class Job:
     """Folders of the artifacts that it reads, by noun."""
     artifact: Path
     """The folder that it makes."""
+    code: tuple[Path, ...] = ()
+    """Files, beside artifacts, that decide what it makes."""
 
     @property
     def name(self) -> str:
@@ -91,7 +95,9 @@ class Job:
             self._say_of_others(work)
             (work / _FINISHED).unlink(missing_ok=True)
             (work / "recipe.json").write_text(json.dumps(self.config.recipe(), indent=2) + "\n")
+            self._offer_earlier(out, hashes)
             function(self.config.of_work(work.relative_to(WORK).as_posix()), **self.inputs, out=out, run=run)
+            (out / STATE / EARLIER).unlink(missing_ok=True)
             made_by = self._publish(work, out, hashes, run.id)
             run.artifact(self.artifact / provenance.FILE)
             run.tags({"data_hash": made_by["content"]})
@@ -134,6 +140,8 @@ class Job:
         made_by |= {name: last[name] for name in now} if last.items() >= made_by.items() else now
         provenance.write(out, made_by)
         provenance.write(work.parent, made_by)
+        if self.stage in _BY_ROW:
+            self._keep(out)
         move(out, self.artifact)
         if kept.is_dir():
             out.mkdir()
@@ -142,6 +150,37 @@ class Job:
         else:
             shutil.rmtree(work)
         return made_by
+
+    @property
+    def _earlier(self) -> Path:
+        """The folder that holds what the stage made last by this recipe and this code: anything else is not reused."""
+        code = {file.as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in self.code if file.is_file()}
+        parts = json.dumps({"config": self.config.resume_key(), "code": code}, sort_keys=True)
+        return WORK / self.stage / EARLIER / self.params.profile / hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+    def _offer_earlier(self, out: Path, hashes: Mapping[str, str]) -> None:
+        """Link what the stage made last into its state, if that was of another list: who makes the same again wants it made."""
+        link = out / STATE / EARLIER
+        link.unlink(missing_ok=True)
+        then = provenance.read(self._earlier).get("inputs")
+        if then and {noun for noun in hashes if hashes[noun] != then.get(noun)} == {_BY_ROW[self.stage]}:
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(os.path.relpath(self._earlier, link.parent))
+
+    def _keep(self, out: Path) -> None:
+        """Keep what was made for the next run, in place of what was kept, by hard links: they take no room of their own."""
+        kept = self._earlier
+        partial = kept.with_name(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            shutil.copytree(out, partial, copy_function=os.link)
+        except OSError:  # a file system without hard links: the next run makes all rows
+            shutil.rmtree(partial, ignore_errors=True)
+            return
+        for left in kept.parent.iterdir():
+            if left != partial:
+                shutil.rmtree(left)
+        os.replace(partial, kept)
 
     def _say_of_others(self, work: Path) -> None:
         """Name unfinished work of this stage that another recipe or other inputs have left, since it is not resumed."""
@@ -168,18 +207,21 @@ def prepare(stage: str, student: str | None = None) -> Job:
     if student is not None:
         params.student(student)
     declared = _declared(stage)
-    inputs = {}
+    inputs, code = {}, list[Path]()
     for dep in declared.get("deps", ()):
         if _is_artifact(dep):
             folder = _expand(dep, params.profile, student)
             if not folder.is_dir():
                 raise KoalaError(f"{folder} is missing: run {_maker(folder, params.profile, student)} first")
             inputs[folder.parts[2]] = folder
+        else:
+            code.append(Path(dep))
     requirements.check(params.profile, params.requires, stage)
     if stage in _JUDGED:
         for line in params.recipe.unresolved():
             say(line)
-    return Job(params, stage, student, params.config(stage, student), inputs, _made(declared, params.profile, student))
+    made = _made(declared, params.profile, student)
+    return Job(params, stage, student, params.config(stage, student), inputs, made, tuple(code))
 
 
 def artifact(noun: str, student: str | None = None, profile: str | None = None) -> Path:

@@ -14,7 +14,7 @@ import yaml
 from koala import provenance, runner
 from koala.config import Config
 from koala.errors import KoalaError
-from koala.run import STATE
+from koala.run import EARLIER, STATE
 
 ROOT = Path(__file__).parents[1]
 TABLE = Path("artifacts/smoke/table")
@@ -346,3 +346,55 @@ def test_a_copy_that_does_not_fit_leaves_the_artifact_before(other_disk: Path) -
     subprocess.run(["mount", "-o", f"remount,size={free}", other_disk], check=True)
     runner.prepare("source").run(large)
     assert (TABLE / "made").stat().st_size == 200_000
+
+
+def test_a_stage_by_row_finds_what_it_made_last_of_other_inputs(workspace: Path, change_params) -> None:
+    """Linked, so that it takes no room; not of the same inputs, another recipe, or other code."""
+    code = Path("koala/data/download.py")
+    code.parent.mkdir(parents=True)
+    code.write_text("first")
+    found: list[str | None] = []
+
+    def looks(config: Config, table: Path, out: Path, run: object) -> None:
+        earlier = out / STATE / EARLIER
+        found.append((earlier / "made").read_text() if earlier.exists() else None)
+        (out / "made").write_text((table / "made").read_text())
+
+    def download(table: str) -> None:
+        make("source", table)
+        runner.prepare("download").run(looks)
+
+    download("a")
+    images = Path("artifacts/smoke/images")
+    kept = list(Path("runs/download").rglob("made"))
+    assert [file.stat().st_ino for file in kept] == [(images / "made").stat().st_ino]
+    shutil.rmtree(images)  # as DVC does before it runs a stage
+    download("b")
+    download("b")
+    assert found == [None, "a", None]
+    assert {path.name for path in images.iterdir()} == {"made", "provenance.json"}
+    code.write_text("second")
+    download("c")
+    change_params(download={"image_size": 64})
+    download("d")
+    download("e")
+    assert found[3:] == [None, None, "d"]
+    assert len(list(Path("runs/download").rglob("made"))) == 1, "only the last is kept"
+    make("source", "f")
+    assert not list(Path("runs/source").rglob("made"))
+
+
+def test_latents_are_offered_for_other_images_not_for_another_teacher(workspace: Path) -> None:
+    found: list[bool] = []
+
+    def looks(config: Config, kept: Path, teacher: Path, out: Path, run: object) -> None:
+        found.append((out / STATE / EARLIER).exists())
+        (out / "made").write_text("")
+
+    for noun, text in (("kept", "a"), ("teacher", "a"), ("kept", "b"), ("teacher", "b")):
+        folder = Path("artifacts/smoke", noun)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "made").write_text(text)
+        if Path("artifacts/smoke/teacher").exists():
+            runner.prepare("encode").run(looks)
+    assert found == [False, True, False]

@@ -32,7 +32,8 @@ def bench(
     """Measure and show; the raw figures go to `out`, a plot of where time went to `plot`.
 
     `profile` and `machine`, left out, are `sdxl` on `gpu-80gb` where there is a CUDA GPU and `demo` on `cpu` where there is
-    none; `batch_size`, left out, is the recipe's. In each of `rounds` the variants take turns, and the run of median speed counts. Where memory runs out, a variant's
+    none; `batch_size`, left out, is the recipe's. In each of `rounds` the variants take turns, and the run of median speed
+    counts. Where memory runs out, a variant's
     micro-batch is halved until it fits. Raises KoalaError for an unknown student, profile or machine, and where the machine
     lacks what the profile needs.
     """

@@ -1,8 +1,9 @@
 """The stage `download`: the table's images, fetched and resized by img2dataset into webdataset shards.
 
 For each shard, `out` gets `00000.tar` (samples), `00000.parquet` (outcome of every row) and `00000_stats.json`
-(img2dataset's counts); for all of them stats.json and outcomes.png. img2dataset works in `out/state/shards`. A killed run
-resumes after the last finished shard.
+(counts); for all of them stats.json and outcomes.png. img2dataset works in `out/state/shards`. A killed run
+resumes after the last finished shard. Outcomes that an earlier run knows by URL (koala.data.earlier) are taken over. Equal
+outcomes give equal bytes.
 
 img2dataset runs in a separate process (koala.data.workers), which keeps its child processes, signal handlers and output away
 from ours.
@@ -25,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from koala.console import progress, say
-from koala.data import manifest
+from koala.data import earlier, manifest
 from koala.data.config import DownloadConfig
+from koala.data.earlier_images import index_images
 from koala.data.fetch import FetchConfig
 from koala.errors import KoalaError
 from koala.process import guarded, last_line
@@ -56,23 +58,38 @@ def download(config: DownloadConfig, table: Path, out: Path, run: Run) -> None:
     shards = state / "shards"
     shards.mkdir(parents=True, exist_ok=True)
     _move_shards(out, shards)
-    fetch(table, config, shards, state)
-    stats = summarise(shards)
+    index = state / earlier.INDEX
+    folder = index_images(out, index, config.machine.processes)
+    fetch(table, config, shards, state, (folder, index) if folder else None)
+    stats, reused = summarise(shards), earlier.reused(shards)
     if not stats["status"]["success"]:
         raise KoalaError(
             f"none of {stats['rows']} images could be downloaded; mostly: {next(iter(stats['errors']), 'unknown')}"
         )
 
+    for shard, counts in _stats(shards).items():
+        if (kept := _without_times(counts)) != counts:
+            (shards / f"{shard}_stats.json").write_text(json.dumps(kept, indent=1) + "\n")
     _move_shards(shards, out)
     (out / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
     figure = plot(stats)
     figure.savefig(out / "outcomes.png")
     run.metrics({"rows": stats["rows"], "success_share": stats["success_share"]} | stats["status"])
+    run.metrics({"reused": reused, "new": stats["rows"] - reused})
     run.figure(figure, "outcomes.png")
     run.artifact(out / "stats.json")
     manifest.write(out)
-    say(f"download: {stats['status']['success']} of {stats['rows']} images ({stats['success_share']:.1%})")
+    say(
+        f"download: {stats['status']['success']} of {stats['rows']} images ({stats['success_share']:.1%}), "
+        f"{reused} of the rows taken over from the last run"
+    )
     shutil.rmtree(state)
+
+
+def _without_times(counts: dict[str, Any]) -> dict[str, Any]:
+    """Return what img2dataset counted of a shard, without when and how long."""
+    kept = ("count", "successes", "failed_to_download", "failed_to_resize")
+    return {name: counts[name] for name in kept} | {"status_dict": dict(sorted(counts["status_dict"].items()))}
 
 
 def _move_shards(source: Path, target: Path) -> None:
@@ -81,8 +98,12 @@ def _move_shards(source: Path, target: Path) -> None:
             os.replace(file, target / file.name)
 
 
-def fetch(table: Path, config: DownloadConfig, shards: Path, logs: Path) -> None:
+def fetch(
+    table: Path, config: DownloadConfig, shards: Path, logs: Path, known: tuple[Path, Path] | None = None
+) -> None:
     """Fetch every shard of the table (a folder of parts) that is not finished in the folder `shards`.
+
+    `known` are the folder of an earlier run and its index.
 
     Raises KoalaError if a process fails or a shard stays unfinished.
     """
@@ -97,7 +118,7 @@ def fetch(table: Path, config: DownloadConfig, shards: Path, logs: Path) -> None
     if finished:
         say(f"download: resumes after {len(finished)} of {count} shards")
     log = logs / "img2dataset.log"
-    command = [sys.executable, "-m", "koala.data.workers", json.dumps(_options(table, columns, config, shards))]
+    command = [sys.executable, "-m", "koala.data.workers", json.dumps(_options(table, columns, config, shards, known))]
     with ExitStack() as stack:
         helper = stack.enter_context(sidecar(config, _first_url(table), logs) if config.sidecar else nullcontext())
         process = stack.enter_context(guarded(command, log, _environment()))
@@ -136,7 +157,9 @@ def _told(log: Path) -> list[str]:
     return [line.removeprefix(TOLD) for line in lines if line.startswith(TOLD)]
 
 
-def _options(table: Path, columns: list[str], config: DownloadConfig, shards: Path) -> dict[str, Any]:
+def _options(
+    table: Path, columns: list[str], config: DownloadConfig, shards: Path, known: tuple[Path, Path] | None
+) -> dict[str, Any]:
     """Return the fields of koala.data.workers.Options."""
     arguments = {
         "url_list": str(table),
@@ -165,6 +188,7 @@ def _options(table: Path, columns: list[str], config: DownloadConfig, shards: Pa
         "fetch": fetch,
         "allow": config.allow,
         "decode": config.decode.model_dump(mode="json"),
+        "earlier": [str(path.resolve()) for path in known] if known else None,
         "img2dataset": arguments,
     }
 

@@ -4,9 +4,12 @@ Works shard by shard. A shard is finished when its parquet file is in `out`, whi
 after the last finished shard. The format is described in koala.data.latents.
 
 Worker processes decode images ahead of the VAE, in the shards' order, so that the latents do not depend on their number.
+Each forward pass has the same number of images, the last of a bucket filled up: a latent follows from its image alone, not from
+those beside it. So what an earlier run has encoded (koala.data.earlier) is taken over as it is.
 Where there are several GPUs, a process for each encodes its share of the shards.
 """
 
+import hashlib
 import io
 import json
 import shutil
@@ -27,9 +30,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from koala.console import progress, say
-from koala.data import manifest
+from koala.data import earlier, manifest
 from koala.data.config import EncodeConfig
 from koala.data.decode import DecodeConfig, UnusableError, normalised
+from koala.data.earlier_latents import EarlierLatents, earlier_latents
 from koala.data.executor import share, use_gpu
 from koala.data.latents import write_shard
 from koala.data.shards import Place, Sample, index, shards
@@ -65,14 +69,17 @@ class Prepared:
     row: dict[str, Any]
     """Its row of `koala.data.latents.RECORD`, without `file` and `row`."""
     pixels: np.ndarray | None
-    """H x W x 3 in uint8; None where `row` has an error."""
+    """H x W x 3 in uint8; None where `row` has an error, or the latent is known."""
+    latent: Tensor | None = None
+    """4 x h x w, where an earlier run has encoded the image."""
 
 
 def encode(config: EncodeConfig, kept: Path, teacher: Path, out: Path, run: Run) -> None:
     """Encode every shard of `kept` with the VAE of `teacher`; shards already in `out` are left as they are.
 
-    Any webdataset shards will do: a sample is an image, its caption (.txt) and, if known, its metadata (.json). A sample that
-    cannot be encoded is a row with its `error` in the shard's parquet file.
+    Images that an earlier run has encoded are not encoded again. Any webdataset shards will do: a sample is an image, its caption
+    (.txt) and, if known, its metadata (.json). A sample that cannot be encoded is a row with its `error` in the shard's parquet
+    file.
     Raises KoalaError if there is no sample, a shard is damaged, no image can be encoded, or the VAE does not divide a bucket.
     """
     files = shards(kept)
@@ -85,7 +92,8 @@ def encode(config: EncodeConfig, kept: Path, teacher: Path, out: Path, run: Run)
     done = sum(pq.read_metadata(out / f"{file.stem}.parquet").num_rows for file in files if file not in pending)
     machine = config.machine
     processes = machine.processes or max(torch.cuda.device_count(), 1)
-    with share(partial(_encode_share, out, teacher, config), pending, processes, machine.engine) as encoded:
+    known = earlier_latents(out, processes) if pending else None
+    with share(partial(_encode_share, out, teacher, config, known), pending, processes, machine.engine) as encoded:
         for _ in progress(encoded, "encode", total=done + _count(pending), done=done, unit="images"):
             pass
 
@@ -102,6 +110,9 @@ def encode(config: EncodeConfig, kept: Path, teacher: Path, out: Path, run: Run)
         say(f"encode: {stats['failed']} images could not be encoded: {causes}; see `error` in {out}/*.parquet")
     (out / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
     run.metrics({name: value for name, value in stats.items() if name != "errors"})
+    reused = earlier.reused(out / STATE)
+    run.metrics({"reused": reused, "new": stats["samples"] - reused})
+    say(f"encode: {stats['samples']} images, {reused} of them taken over from the last run")
     manifest.write(out, kept, teacher / "vae")
     shutil.rmtree(out / STATE, ignore_errors=True)
 
@@ -186,23 +197,29 @@ def encoder(vae: AutoencoderKL, config: EncodeConfig) -> Encoder:
     return run
 
 
-def _encode_share(out: Path, teacher: Path, config: EncodeConfig, files: Sequence[Path], rank: int) -> Iterator[None]:
+def _encode_share(
+    out: Path, teacher: Path, config: EncodeConfig, known: EarlierLatents | None, files: Sequence[Path], rank: int
+) -> Iterator[None]:
     """Encode shards with a VAE of this process's own, on the GPU of its rank. Yield once for each sample."""
     use_gpu(rank)
-    yield from encode_shards(files, out, encoder(load_vae(teacher, config.vae_dtype), config), config)
+    yield from encode_shards(files, out, encoder(load_vae(teacher, config.vae_dtype), config), config, known)
 
 
 # One process: decode workers, then the encoder.
 
 
-def encode_shards(files: Sequence[Path], out: Path, encode: Encoder, config: EncodeConfig) -> Iterator[None]:
-    """Encode shards one after another and write each when it is whole. Yield once for each sample.
+def encode_shards(
+    files: Sequence[Path], out: Path, encode: Encoder, config: EncodeConfig, known: EarlierLatents | None = None
+) -> Iterator[None]:
+    """Encode shards one after another and write each when it is whole; images that are `known` are not encoded.
+
+    Yield once for each sample.
 
     Raises KoalaError if a shard is damaged or a worker dies.
     """
     workers = config.machine.workers
     loader = DataLoader(
-        _Preparation(config),
+        _Preparation(config, known),
         sampler=_Work(files),
         batch_size=None,
         collate_fn=_as_it_is,
@@ -243,12 +260,16 @@ class _ShardWork:
         self._waiting: dict[Size, list[Prepared]] = defaultdict(list)
         self._running: tuple[list[Prepared], Tensor] | None = None
         self._rows: list[dict[str, Any]] = []
-        self._latents: dict[Size, list[Tensor]] = defaultdict(list)
+        self._latents: dict[str, Tensor] = {}
+        self._reused = 0
 
     def add(self, sample: Prepared) -> None:
         """Take a sample in; encode its bucket's batch where that is full."""
         self._rows.append(sample.row)
-        if sample.pixels is not None:
+        if sample.latent is not None:
+            self._latents[sample.row["key"]] = sample.latent
+            self._reused += 1
+        elif sample.pixels is not None:
             bucket = sample.pixels.shape[:2]
             self._waiting[bucket].append(sample)
             if len(self._waiting[bucket]) == self._config.machine.batch_size:
@@ -256,7 +277,10 @@ class _ShardWork:
 
     def _submit(self, batch: list[Prepared]) -> None:
         """Start to encode a batch, then take what the batch before it gave: a GPU has always one ahead."""
-        pixels = torch.from_numpy(np.stack([sample.pixels for sample in batch if sample.pixels is not None]))
+        images = [sample.pixels for sample in batch if sample.pixels is not None]
+        # A batch of another size is computed by other kernels, whose last digits differ.
+        images += [images[0]] * (self._config.machine.batch_size - len(images))
+        pixels = torch.from_numpy(np.stack(images))
         encoded = self._encode(pixels.pin_memory() if torch.cuda.is_available() else pixels)
         self._settle()
         self._running = (batch, encoded)
@@ -267,12 +291,10 @@ class _ShardWork:
             return
         batch, encoded = self._running
         self._running = None
-        encoded = encoded.to("cpu", getattr(torch, self._config.dtype))
+        encoded = encoded[: len(batch)].to("cpu", getattr(torch, self._config.dtype))
         for sample, latent in zip(batch, encoded, strict=True):
-            bucket = (sample.row["bucket_height"], sample.row["bucket_width"])
             if bool(torch.isfinite(latent).all()):
-                sample.row["row"] = len(self._latents[bucket])
-                self._latents[bucket].append(latent)
+                self._latents[sample.row["key"]] = latent
             else:
                 sample.row["error"] = _NOT_FINITE
 
@@ -281,11 +303,13 @@ class _ShardWork:
         for bucket in list(self._waiting):
             self._submit(self._waiting.pop(bucket))
         self._settle()
-        names = {bucket: f"{shard.stem}-{bucket[0]}x{bucket[1]}.safetensors" for bucket in self._latents}
+        latents: dict[str, list[Tensor]] = defaultdict(list)
         for row in self._rows:
             if row["error"] is None:
-                row["file"] = names[row["bucket_height"], row["bucket_width"]]
-        latents = {names[bucket]: found for bucket, found in self._latents.items() if found}
+                row["file"] = f"{shard.stem}-{row['bucket_height']}x{row['bucket_width']}.safetensors"
+                row["row"] = len(latents[row["file"]])
+                latents[row["file"]].append(self._latents[row["key"]])
+        earlier.note_reused(out / STATE, shard.stem, self._reused)
         write_shard(out, shard.stem, self._rows, latents)
         self._start()
 
@@ -305,12 +329,13 @@ class _Work(Sampler[Place | Path]):
 class _Preparation(Dataset[Any]):
     """What workers do: prepare a sample, or compare a shard that was read with its manifest."""
 
-    def __init__(self, config: EncodeConfig) -> None:
+    def __init__(self, config: EncodeConfig, known: EarlierLatents | None) -> None:
         self._config = config
+        self._known = known
 
     def __getitem__(self, work: Place | Path) -> Prepared | Path | KoalaError:
         if isinstance(work, Place):
-            return prepare(work, self._config)
+            return prepare(work, self._config, self._known)
         try:
             manifest.verify(work)
         except KoalaError as error:
@@ -322,21 +347,24 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def prepare(place: Place, config: EncodeConfig) -> Prepared:
-    """Read, decode and fit a sample."""
+def prepare(place: Place, config: EncodeConfig, known: EarlierLatents | None = None) -> Prepared:
+    """Read, decode and fit a sample; of one that is `known`, take the latent."""
     try:
         sample = place.read()
     except KoalaError:
         return Prepared({"key": place.key, "error": "its metadata are no JSON object"}, None)
-    row = _known(sample)
+    row = _of_metadata(sample)
+    if known and (found := known.find(row["identity"])):
+        placement, latent = found
+        return Prepared(row | placement, None, latent)
     try:
         image = Image.open(io.BytesIO(normalised(sample.image, DecodeConfig()))).convert("RGB")
     except UnusableError as error:
         return Prepared(row | {"error": str(error)}, None)
     except Exception:  # Pillow's decoders raise anything on broken bytes
         return Prepared(row | {"error": "cannot be decoded"}, None)
-    crop, fitted = fit(image, sample.key, config)
-    height, width = _original_size(sample, image)
+    crop, fitted = fit(image, row["identity"], config)
+    height, width = _recorded_size(sample) or (image.height, image.width)
     row |= {
         "bucket_height": crop.bucket[0],
         "bucket_width": crop.bucket[1],
@@ -349,7 +377,7 @@ def prepare(place: Place, config: EncodeConfig) -> Prepared:
     return Prepared(row, np.asarray(fitted))
 
 
-def _known(sample: Sample) -> dict[str, Any]:
+def _of_metadata(sample: Sample) -> dict[str, Any]:
     """Return the columns that do not depend on the pixels."""
     url, sha256 = sample.meta.get("url"), sample.meta.get("sha256")
     others = {name: value for name, value in sample.meta.items() if name not in _IN_COLUMNS}
@@ -358,6 +386,7 @@ def _known(sample: Sample) -> dict[str, Any]:
         "caption": sample.caption,
         "url": _text(url),
         "sha256": _text(sha256),
+        "identity": _identity(sample),
         "meta": json.dumps(others, sort_keys=True),
         "error": None,
     }
@@ -368,19 +397,26 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value).encode(errors="replace").decode()
 
 
-def _original_size(sample: Sample, image: Image.Image) -> Size:
-    """Return the size before the download resized the image; the image's own if not recorded."""
+def _identity(sample: Sample) -> str:
+    """Return the hash of all in a sample from which its latent and placement follow: the image, and its recorded size."""
+    digest = hashlib.sha256(sample.image)
+    digest.update(json.dumps(_recorded_size(sample)).encode())
+    return digest.hexdigest()
+
+
+def _recorded_size(sample: Sample) -> Size | None:
+    """Return the size before the download resized the image, if recorded."""
     found = [sample.meta.get(f"original_{side}") for side in ("height", "width")]
     sizes = [int(side) for side in found if isinstance(side, int | float) and 0 < side < 2**31]
-    return (sizes[0], sizes[1]) if len(sizes) == 2 else (image.height, image.width)
+    return (sizes[0], sizes[1]) if len(sizes) == 2 else None
 
 
-def fit(image: Image.Image, key: str, config: EncodeConfig) -> tuple[Crop, Image.Image]:
+def fit(image: Image.Image, identity: str, config: EncodeConfig) -> tuple[Crop, Image.Image]:
     """Resize an image to cover its bucket and crop it. Return the crop, and the image of the bucket's size.
 
-    The random crop and flip are a function of the seed and the sample's key.
+    The random crop and flip are a function of the seed and the sample's identity, wherever it stands in the list.
     """
-    random = np.random.default_rng((config.seed, *key.encode()))
+    random = np.random.default_rng((config.seed, *identity.encode()))
     height, width = bucket = nearest_bucket(image.height / image.width, config.buckets)
     scale = max(height / image.height, width / image.width)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))

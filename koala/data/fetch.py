@@ -32,6 +32,9 @@ REDIRECTS = 5
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Status codes after which a URL is asked again. Any other error is final."""
 
+_FINAL = frozenset({"opted out of AI training", "a page, no image", "too many redirects", "no web address"})
+"""Causes, beside a status, that another day would give too: none of the network, of a host's settings, of this machine's limits."""
+
 _CHUNK = 2**16  # bytes
 _LONGEST_PAUSE = 60.0  # seconds that a server's Retry-After may ask for; a longer one ends the attempts
 _FIRST_PAUSE = 0.25  # seconds before a URL is asked again, doubled each time
@@ -230,6 +233,12 @@ class _Host:
 
     def not_before(self, moment: float) -> None:
         self._not_before = max(self._not_before, moment)
+
+
+def is_final(cause: str) -> bool:
+    """Return whether a failure, by the cause that `Fetcher.fetch` gave, is an outcome to remember: to ask again is no use."""
+    status = cause.removeprefix("status ")
+    return cause in _FINAL or (status.isdigit() and int(status) not in TRANSIENT)
 
 
 class _FinalError(Exception):

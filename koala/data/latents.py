@@ -48,6 +48,7 @@ RECORD = pa.schema(
         *COLUMNS,
         pa.field("url", pa.string()),
         pa.field("sha256", pa.string()),  # of the fetched file
+        pa.field("identity", pa.string()),  # SHA-256 of the image and its recorded size: what the latent follows from
         pa.field("meta", pa.string()),  # the sample's other metadata as a JSON object: scores, licence
         pa.field("error", pa.string()),  # why it could not be encoded; null if it was
     ]

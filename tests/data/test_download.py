@@ -28,7 +28,7 @@ from koala.data.config import DownloadConfig, DownloadMachine
 from koala.data.shards import read_shards, shards
 from koala.demo.server import TINY, ShapesServer, jpeg
 from koala.errors import KoalaError
-from koala.run import STATE, NoRun
+from koala.run import EARLIER, STATE, NoRun
 
 ROWS = 12  # a shard
 
@@ -292,6 +292,71 @@ def test_a_worker_that_is_killed_costs_its_shard_a_retry(
     stage.download(settings, table, out, recorder)  # the cause is gone, the finished shards are kept
     assert len(list(read_shards(out))) == 12
     assert not mine(os.getcwd())
+
+
+# A list that has changed.
+
+
+@pytest.fixture
+def counting() -> Iterator[SimpleNamespace]:
+    """A server that counts requests: good images, broken and missing ones, and hosts that are not up today."""
+    asked: list[str] = []
+
+    class Counts(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            _, kind, name = self.path.split("/")
+            body = b"no picture" if kind == "broken" else jpeg(1, int(name.partition(".")[0]))
+            self.send_response({"missing": 404, "down": 503}.get(kind, 200))
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Counts)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield SimpleNamespace(place=f"127.0.0.1:{server.server_port}", asked=asked)
+    server.shutdown()
+    server.server_close()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+def test_of_a_changed_list_only_new_urls_are_asked_for(
+    out: Path, counting: SimpleNamespace, recorder: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows that moved keep their outcome, but for failures that may pass and a damaged shard; captions are the new list's; the
+    bytes are those of a run from nothing, whose images came in another order."""
+    kinds = {3: "missing", 7: "broken", 9: "down"}
+    old = [f"http://{counting.place}/{kinds.get(number, 'ok')}/{number}.jpg" for number in range(20)]
+    new = [f"http://{counting.place}/ok/90.jpg", *old[:5], *old[6:], f"http://{counting.place}/missing/91.jpg"]
+    machine = {"threads": 4, "retries": 0, "timeout": 20}
+    settings = config(shard_size=6, allow=(counting.place,), machine=machine)
+    for name, urls in (("before", old), ("anew", new)):
+        Path(name).mkdir()
+        stage.download(settings, write_table(urls), Path(name), NoRun())
+    damaged = Path("before/00003.tar")  # its rows, 18 and 19, are not taken over
+    content = bytearray(damaged.read_bytes())
+    content[600] ^= 1
+    damaged.write_bytes(content)
+    counting.asked.clear()
+    (out / STATE).mkdir()
+    (out / STATE / EARLIER).symlink_to(Path("before").resolve())
+    stage.download(settings, write_table(new), out, recorder)
+    assert sorted(counting.asked) == ["/down/9.jpg", "/missing/91.jpg", "/ok/18.jpg", "/ok/19.jpg", "/ok/90.jpg"]
+    assert hashes(out) == hashes(Path("anew"))
+    assert (recorder.logged["reused"], recorder.logged["new"]) == (16, 5)
+    said = capsys.readouterr().err
+    assert "16 of the rows taken over from the last run" in said
+    assert "a shard of the last run is made anew: out/state/earlier/00003.tar has another content" in said
+    samples = {sample.meta["url"]: sample for sample in read_shards(out)}
+    assert samples[old[8]].caption == "caption 8 é"
+    assert samples[old[4]].caption == "caption 5 é"
+    assert samples[old[4]].meta["sha256"] == hashlib.sha256(jpeg(1, 4)).hexdigest()
 
 
 # The sidecar.

@@ -25,7 +25,7 @@ from koala.data.encode import fit, nearest_bucket
 from koala.data.latents import LatentSet
 from koala.data.shards import Sample, ShardWriter, shards
 from koala.errors import KoalaError
-from koala.run import NoRun
+from koala.run import EARLIER, STATE, NoRun
 
 BUCKETS = ((32, 32), (32, 64), (64, 32))
 
@@ -204,6 +204,79 @@ def test_latents_of_images_that_were_made_anew_are_not_taken_for_finished(kept: 
 def test_a_bucket_that_the_vae_does_not_divide_is_refused(kept: Path, teacher: Path, out: Path) -> None:
     with pytest.raises(KoalaError, match="30 x 32: sides must be multiples of the VAE's 4 px"):
         stage.encode(EncodeConfig(buckets=((30, 32),)), kept, teacher, out, NoRun())
+
+
+# A list that has changed.
+
+
+def of_list(folder: Path, numbers: list[int]) -> Path:
+    """The images of a list in shards of 5, under the keys of their places."""
+    with ShardWriter(folder, shard_size=5) as writer:
+        for place, number in enumerate(numbers):
+            size = (64, 32) if number % 3 == 0 else (40, 32)
+            meta = {"original_width": size[0] * 2, "original_height": size[1] * 2}
+            image = png(size, (12 * number, 100, 50)) if number != 4 else b"<html>"
+            writer.write(Sample(f"{place:09d}", image, "png", f"caption {number}", meta))
+    return folder
+
+
+def offer(out: Path, earlier: Path) -> None:
+    """As the runner does."""
+    (out / STATE).mkdir(parents=True)
+    (out / STATE / EARLIER).symlink_to(earlier.resolve())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_of_a_changed_list_only_new_images_meet_the_vae(
+    teacher: Path, out: Path, recorder: Any, monkeypatch: pytest.MonkeyPatch, workers: int, capsys: Any
+) -> None:
+    """One row went, two came, all others have another place: the bytes are those of a run from nothing."""
+    machine = EncodeMachine(batch_size=3, workers=workers)
+    config = CONFIG.model_copy(update={"crop": "random", "flip_probability": 0.5, "machine": machine})
+    encoded: list[np.ndarray] = []
+    build = stage.encoder
+
+    def counting(*arguments: Any) -> Any:
+        inner = build(*arguments)
+
+        def run(pixels: torch.Tensor) -> torch.Tensor:
+            encoded.extend(pixels.numpy())
+            return inner(pixels)
+
+        return run
+
+    monkeypatch.setattr(stage, "encoder", counting)
+    old = of_list(Path("old"), list(range(14)))
+    new = of_list(Path("new"), [14, 0, 1, 3, 4, 5, 6, 7, 8, 15, 9, 10, 11, 12, 13])
+    for name in ("before", "anew"):
+        Path(name).mkdir()
+    stage.encode(config, old, teacher, Path("before"), NoRun())
+    stage.encode(config, new, teacher, Path("anew"), NoRun())
+    encoded.clear()
+    offer(out, Path("before"))
+    stage.encode(config, new, teacher, out, recorder)
+    assert content(out) == content(Path("anew"))
+    # A batch is filled up by its own images.
+    assert {int(pixels[0, 0, 0]) for pixels in encoded} == {12 * 14, 12 * 15}
+    assert (recorder.logged["reused"], recorder.logged["new"]) == (12, 2)
+    assert "encode: 14 images, 12 of them taken over from the last run" in capsys.readouterr().err
+
+
+def test_a_shard_that_was_damaged_is_encoded_anew(teacher: Path, out: Path, recorder: Any, capsys: Any) -> None:
+    old, new = of_list(Path("old"), [0, 1, 2, 3, 5, 6, 7]), of_list(Path("new"), [0, 1, 2, 3, 5, 6, 7, 8])
+    for name in ("before", "anew"):
+        Path(name).mkdir()
+    stage.encode(CONFIG, old, teacher, Path("before"), NoRun())
+    stage.encode(CONFIG, new, teacher, Path("anew"), NoRun())
+    damaged = Path("before", "00000-32x32.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-4] + b"oops")
+    offer(out, Path("before"))
+    stage.encode(CONFIG, new, teacher, out, recorder)
+    assert content(out) == content(Path("anew"))
+    assert (recorder.logged["reused"], recorder.logged["new"]) == (2, 6)
+    assert "a shard of the last run is made anew: before/00000-32x32.safetensors" in capsys.readouterr().err.replace(
+        f"{out / STATE / EARLIER}", "before"
+    )
 
 
 # Shards that a user made.

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pytest
 
 from koala.data import addresses
-from koala.data.fetch import FetchConfig, Fetcher, quoted, retry_after
+from koala.data.fetch import FetchConfig, Fetcher, is_final, quoted, retry_after
 
 IMAGE = bytes(range(256)) * 40
 Answer = Callable[["Handler"], None]
@@ -421,3 +421,17 @@ def test_a_handshake_that_never_ends_is_ended(server: Server) -> None:
         began = time.monotonic()
         assert one.fetch(f"https://{place}/x.png") == (None, "deadline")
         assert time.monotonic() - began < 5
+
+
+def test_final_is_what_another_day_would_give_too() -> None:
+    final = ("status 404", "status 410", "status 403", "opted out of AI training", "a page, no image")
+    passing = (
+        "status 503",
+        "status 429",
+        "timed out",
+        "too many bytes",
+        "address refused",
+        "bad certificate",
+        "unheard of",
+    )
+    assert [cause for cause in (*final, *passing) if is_final(cause)] == list(final)
