@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
 from itertools import islice
@@ -27,12 +28,14 @@ if __name__ in ("__main__", "__mp_main__"):  # here, and in the workers
 import img2dataset
 from img2dataset import downloader as of_one_shard
 from img2dataset.resizer import Resizer
+from img2dataset.writer import WebDatasetSampleWriter
 
 from koala.config import Config
 from koala.console import say
 from koala.data.decode import DecodeConfig, UnusableError, normalised
 from koala.data.download import TOLD
 from koala.data.fetch import FetchConfig, Fetcher
+from koala.errors import DISK_FULL
 
 Row = tuple[int, str]
 """A shard's number and the file of its rows."""
@@ -61,12 +64,64 @@ class Downloader(of_one_shard.Downloader):  # type: ignore[misc]
         self._options = options
 
     def __call__(self, row: Row) -> tuple[bool, Row]:
-        """Make a shard in a worker process. Return whether it succeeded, and the shard."""
+        """Make a shard in a worker process. Return whether it succeeded, and the shard. Raises OSError if the disk is full."""
+        self._full = FullDisk()
+        self.sample_writer_class = functools.partial(Writer, self._full)
         of_one_shard.download_image_with_retry = functools.partial(
-            _fetch, _fetcher(self._options.fetch, self._options.allow)
+            _fetch, _fetcher(self._options.fetch, self._options.allow), self._full
         )
         found: tuple[bool, Row] = super().__call__(row)
+        self._full.check()
         return found
+
+    def download_shard(self, row: Row) -> None:
+        """Make a shard."""
+        with self._full.noted():
+            super().download_shard(row)
+        self._full.check()
+
+
+class FullDisk:
+    """The first write of a shard for which there was no space. img2dataset takes it for the fault of one sample."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self.error: OSError | None = None
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Keep an error inside the block that is of this kind."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            self.error = error
+
+    def check(self) -> None:
+        """Raise the error, if there was one."""
+        if self.error:
+            raise self.error
+
+
+class Writer(WebDatasetSampleWriter):  # type: ignore[misc]
+    """img2dataset's writer of a shard, which writes nothing more once there is no space."""
+
+    def __init__(self, full: FullDisk, *arguments: Any) -> None:
+        """Take img2dataset's arguments."""
+        super().__init__(*arguments)
+        self._full = full
+
+    def write(self, *sample: Any) -> None:
+        """Write a sample, as long as there is space."""
+        if self._full.error is None:
+            with self._full.noted():
+                super().write(*sample)
+
+    def close(self) -> None:
+        """End the shard. Raises OSError if there was no space: now no thread of the pool waits any more, and nothing hangs."""
+        super().close()
+        self._full.check()
 
 
 @lru_cache(maxsize=1)
@@ -75,8 +130,12 @@ def _fetcher(config: FetchConfig, allow: tuple[str, ...]) -> Fetcher:
     return Fetcher(config, allow)
 
 
-def _fetch(fetcher: Fetcher, row: tuple[int, str], **_: Any) -> tuple[int, io.BytesIO | None, str | None]:
+def _fetch(
+    fetcher: Fetcher, full: FullDisk, row: tuple[int, str], **_: Any
+) -> tuple[int, io.BytesIO | None, str | None]:
     key, url = row
+    if full.error:
+        return key, None, str(full.error)
     content, cause = fetcher.fetch(url)
     return key, None if content is None else io.BytesIO(content), cause
 
@@ -164,7 +223,13 @@ def main(options: Options) -> None:
         if not hasattr(module, name):
             raise RuntimeError(f"this img2dataset has no {module.__name__}.{name}, in whose place ours belongs")
     vars(whole).update(Downloader=functools.partial(Downloader, options), multiprocessing_distributor=distribute)
-    img2dataset.download(**options.img2dataset)
+    try:
+        img2dataset.download(**options.img2dataset)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        # The stage learns it by the status: the log may be on the same disk. Python's own end would flush it, and fail.
+        os._exit(error.errno)
 
 
 if __name__ == "__main__":
