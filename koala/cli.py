@@ -591,6 +591,23 @@ def bench_data(
     bench(rows or [], formats or [], rounds, out, plot)
 
 
+@bench.command("stages")
+def bench_stages(
+    rows: Annotated[
+        list[int] | None, typer.Option(min=1, help="images; may be repeated; left out: 10 k, 100 k")
+    ] = None,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option("--pass", help="download, judge, decide, write or encode; may be repeated; left out: all"),
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Measure download, filter and encode: rows/s and memory over the number of images."""
+    from koala.bench.stages import bench
+
+    bench(rows or [], passes or [], out)
+
+
 @bench.command("duplicates")
 def bench_duplicates(
     pictures: Annotated[
