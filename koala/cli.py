@@ -1,7 +1,6 @@
 """The command `koala`. Commands import what they need when they run, so that `koala --help` answers at once."""
 
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from koala.errors import DISK_FULL, KoalaError
+from koala.disk import naming_full_disk
+from koala.errors import KoalaError
 
 if TYPE_CHECKING:
     from koala.teacher.config import LoraPart
@@ -601,6 +601,23 @@ def bench_data(
     bench(rows or [], formats or [], rounds, out, plot)
 
 
+@bench.command("stages")
+def bench_stages(
+    rows: Annotated[
+        list[int] | None, typer.Option(min=1, help="images; may be repeated; left out: 10 k, 100 k")
+    ] = None,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option("--pass", help="download, judge, decide, write or encode; may be repeated; left out: all"),
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Measure download, filter and encode: rows/s and memory over the number of images."""
+    from koala.bench.stages import bench
+
+    bench(rows or [], passes or [], out)
+
+
 @bench.command("duplicates")
 def bench_duplicates(
     pictures: Annotated[
@@ -636,25 +653,13 @@ def main() -> None:
     # An exit, not a sudden end: what is open (a run of MLflow) is closed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        app()
+        with naming_full_disk(Path()):
+            app()
     except KoalaError as error:
         sys.exit(_complain(str(error)))
-    except OSError as error:
-        if not _fills_the_disk(error):
-            raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        sys.exit(
-            _complain(f"the disk is full{where}: free some space and run the same command again; finished work is kept")
-        )
-
-
-def _fills_the_disk(error: OSError) -> bool:
-    # shutil.copytree goes on after an error and raises all of them in one, as text.
-    if isinstance(error, shutil.Error):
-        return any(f"[Errno {number}]" in str(error) for number in DISK_FULL)
-    return error.errno in DISK_FULL
 
 
 def _complain(line: str) -> int:
+    line = "".join(character if character.isprintable() else " " for character in line)  # names of files are untrusted
     sys.stderr.write(f"koala: {' '.join(line.split())}\n")
     return 2

@@ -2,8 +2,8 @@
 
 import errno
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""errno values reported as "the disk is full" instead of a traceback."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""errno values reported as "the disk is full" instead of a traceback: of the disk, of a quota, of a file's size."""
 
 
 class KoalaError(Exception):

@@ -29,6 +29,7 @@ from koala import params as parameters
 from koala import provenance, requirements
 from koala.config import Config
 from koala.console import say
+from koala.disk import naming_full_disk
 from koala.errors import KoalaError
 from koala.params import Params
 from koala.run import EARLIER, STATE
@@ -87,7 +88,11 @@ class Job:
         tags |= {f"data_hash.{noun}": found for noun, found in hashes.items()}
         experiment, values = f"koala-{self.params.profile}", {self.stage: self.config.recipe()}
         inputs = {folder: hashes[noun] for noun, folder in self.inputs.items()}
-        with _alone(work), tracking.stage_run(experiment, self.name, values, tags, work, inputs) as run:
+        with (
+            naming_full_disk(work, self.artifact.parent, Path()),
+            _alone(work),
+            tracking.stage_run(experiment, self.name, values, tags, work, inputs) as run,
+        ):
             out = work / "out"
             out.mkdir(exist_ok=True)
             if (work / STATE).is_dir():  # killed between the two moves of `_publish`

@@ -44,6 +44,8 @@ SLOW = (
     "data/test_executor.py",
     "data/test_duplicates.py",
     "data/test_fetch.py",
+    "data/test_full_disk.py",
+    "data/test_killed.py",
     "data/test_recaption.py",
     "data/test_score.py",
     "distill/test_captions.py",

@@ -47,6 +47,7 @@ UNIONS = {
 HOUSEKEEPING = {
     "koala/config.py",
     "koala/console.py",
+    "koala/disk.py",
     "koala/errors.py",
     "koala/page.py",
     "koala/plots.py",
@@ -64,6 +65,7 @@ HOUSEKEEPING = {
     "koala/data/scores/known.py",
     "koala/data/tally.py",
     "koala/data/manifest.py",
+    "koala/data/parquet.py",
     "koala/distill/checkpoint.py",
     "koala/distill/curves.py",
     "koala/distill/job.py",

@@ -30,7 +30,8 @@ from koala.data import earlier, manifest
 from koala.data.config import DownloadConfig
 from koala.data.earlier_images import index_images
 from koala.data.fetch import FetchConfig
-from koala.errors import KoalaError
+from koala.data.parquet import named
+from koala.errors import DISK_FULL, KoalaError
 from koala.process import guarded, last_line
 from koala.run import STATE, Run
 
@@ -105,7 +106,7 @@ def fetch(
 
     `known` are the folder of an earlier run and its index.
 
-    Raises KoalaError if a process fails or a shard stays unfinished.
+    Raises KoalaError if a process fails or a shard stays unfinished, OSError if the disk is full.
     """
     parts, columns = _parts(table)
     # img2dataset shards each part by itself: the last shard of one may be smaller.
@@ -126,6 +127,8 @@ def fetch(
         fetched = _watch(process, helper, shards, config, logs)
         for _ in progress(fetched, "download", total=rows, done=rows_done, unit="images", size=int):
             pass
+        if process.returncode in DISK_FULL:
+            raise OSError(process.returncode, os.strerror(process.returncode), str(shards))
         told = _told(log)
         for line in told:
             say(f"download: {line}")
@@ -142,13 +145,19 @@ def fetch(
 
 
 def _parts(table: Path) -> tuple[dict[Path, int], list[str]]:
-    """Return the rows of each part of the table, and its columns. Raises KoalaError if there is no part."""
+    """Return the rows of each part of the table, and its columns. Raises KoalaError if there is no part, or one is broken."""
     import pyarrow.parquet as pq
 
-    parts = {file: pq.read_metadata(file).num_rows for file in sorted(table.glob("*.parquet"))}
+    parts, columns = {}, list[str]()
+    for file in sorted(table.glob("*.parquet")):
+        with named(file):
+            found = pq.read_metadata(file)
+        parts[file], columns = found.num_rows, columns or found.schema.to_arrow_schema().names
+        if lacking := [column for column in ("url", "caption") if column not in found.schema.names]:
+            raise KoalaError(f"{file} has no column {lacking[0]!r}: it is no part of a table; make the table again")
     if not parts:
         raise KoalaError(f"{table} has no part-00000.parquet: make the table again")
-    return parts, pq.read_schema(next(iter(parts))).names
+    return parts, columns
 
 
 def _told(log: Path) -> list[str]:
@@ -298,21 +307,29 @@ def _stats(shards: Path, but: Collection[str] = ()) -> dict[str, dict[str, Any]]
 def _discard_unfinished(shards: Path, empty: bool = True) -> None:
     """Remove the stats file of shards that must be fetched again: img2dataset skips shards that have one.
 
-    Those are shards with a truncated stats file, shards that lost rows (full disk) and, if `empty`, shards without a
-    single image (network down).
+    Those are shards with a truncated stats file, shards that lost rows or images (full disk, power cut) and, if `empty`,
+    shards without a single image (network down).
     """
-    import pyarrow.parquet as pq
-
     readable = _stats(shards)
     for file in shards.glob("*_stats.json"):
         shard = file.name.removesuffix("_stats.json")
         stats = readable.get(shard)
-        if (
-            stats is None
-            or pq.read_metadata(shards / f"{shard}.parquet").num_rows != stats["count"]
-            or (empty and not stats["successes"])
-        ):
+        if stats is None or (empty and not stats["successes"]) or not _is_whole(shards, shard, stats["count"]):
             file.unlink()
+
+
+def _is_whole(shards: Path, shard: str, rows: int) -> bool:
+    """Return whether a finished shard holds the rows and images that img2dataset counted; say what is wrong with it."""
+    import pyarrow.parquet as pq
+
+    try:
+        with named(shards / f"{shard}.parquet"):
+            found = pq.read_metadata(shards / f"{shard}.parquet").num_rows
+        manifest.check_count(shards / f"{shard}.tar", shards / f"{shard}_stats.json")
+    except KoalaError as error:
+        say(f"download: shard {shard} must be fetched again: {error}")
+        return False
+    return bool(found == rows)
 
 
 # The summary.

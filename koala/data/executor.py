@@ -7,6 +7,7 @@ The processes of this machine end with the one that started them, however that e
 machines on one file system: koala starts no server.
 """
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, TypeVar
 
 from koala.config import Config
+from koala.disk import fills_disk
 from koala.errors import KoalaError
 
 T = TypeVar("T")
@@ -116,6 +118,12 @@ def _run(work: Work[T, R], items: Sequence[T], rank: int, sender: Connection) ->
             sender.send(result)
     except (KoalaError, OSError) as error:
         sender.send(error)
+    except Exception as error:
+        if not fills_disk(error):
+            raise
+        sender.send(
+            OSError(errno.ENOSPC, " ".join(str(error).split()))
+        )  # libraries' own errors need not survive a pipe
 
 
 def _end_with_parent() -> None:

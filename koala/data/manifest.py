@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -111,11 +112,30 @@ def check(folder: Path) -> None:
 
 
 def verify(file: Path) -> None:
-    """Compare the content of one file with its folder's manifest, if that lists it. Raises KoalaError if it differs."""
+    """Compare the content of one file with its folder's manifest, if that lists it, and a shard with img2dataset's counts.
+
+    Raises KoalaError if they differ.
+    """
     manifest = read(file.parent)
     entry = manifest.files.get(file.name) if manifest else None
-    if entry and _sha256(file) != entry.sha256:
-        raise KoalaError(f"{file} has another content than {FILE} says: {_REMEDY}")
+    with _readable(file):
+        if entry and _sha256(file) != entry.sha256:
+            raise KoalaError(f"{file} has another content than {FILE} says: {_REMEDY}")
+    counts = file.with_name(f"{file.stem}_stats.json")
+    if file.suffix == ".tar" and counts.is_file():
+        check_count(file, counts)
+
+
+def check_count(shard: Path, counts: Path) -> None:
+    """Compare a shard with the images that img2dataset counted. Raises KoalaError if they are of other numbers."""
+    from koala.data.shards import index
+
+    try:
+        expected = json.loads(counts.read_text())["successes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise KoalaError(f"{counts} is broken: {_REMEDY}") from None
+    if (found := len(index(shard))) != expected:
+        raise KoalaError(f"{shard} holds {found} images, where {counts.name} counts {expected}: {_REMEDY}")
 
 
 def resume(out: Path, config: Config, *inputs: Path) -> None:
@@ -148,10 +168,19 @@ def _fingerprint(folder: Path) -> str:
             digest.update(f"{name}\0{entry.sha256}\n".encode())
         return digest.hexdigest()
     for file in sorted(file for file in folder.iterdir() if file.is_file() and file.name != "provenance.json"):
-        with file.open("rb") as stream:
+        with _readable(file), file.open("rb") as stream:
             head = hashlib.sha256(stream.read(_HEAD_BYTES)).hexdigest()
         digest.update(f"{file.name}\0{file.stat().st_size}\0{head}\n".encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Raise KoalaError where a file cannot be read inside the block."""
+    try:
+        yield
+    except OSError as error:
+        raise KoalaError(f"{file} cannot be read ({error.strerror}): {_REMEDY}") from None
 
 
 def _write(file: Path, document: dict[str, Any]) -> None:

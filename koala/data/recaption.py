@@ -70,6 +70,7 @@ def _caption_shards(config: RecaptionConfig, out: Path, files: Sequence[Path], r
             return [(sample, threads.submit(open_picture, sample.image)) for sample in samples]
 
         for file in files:
+            manifest.verify(file)
             rows: list[dict[str, str | None]] = []
             for batch in batches_ahead(read_shard(file), config.machine.batch_size, start):
                 images = {sample.key: image for sample, decoded in batch if (image := decoded.result()) is not None}

@@ -70,6 +70,7 @@ def _score_shards(config: ScoreConfig, out: Path, files: Sequence[Path], rank: i
     with ThreadPoolExecutor(config.machine.threads) as threads, Known(folder / "known.sqlite") as known:
         models = Models(config, threads, known)
         for file in files:
+            manifest.verify(file)
             unfinished = out / f"{file.stem}.part"
             pq.write_table(models.score(read_shard(file)), unfinished)
             os.replace(unfinished, out / f"{file.stem}.parquet")

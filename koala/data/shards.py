@@ -114,6 +114,8 @@ def index(shard: Path) -> list[Place]:
         raise KoalaError(f"{shard} is missing: restore it, or make it again") from None
     except (tarfile.TarError, EOFError):
         raise KoalaError(f"{shard} is truncated, or no tar file: restore it, or make it again") from None
+    except OSError as error:  # a folder, no permission, a broken disk
+        raise KoalaError(f"{shard} cannot be read ({error.strerror}): restore it, or make it again") from None
     places = []
     for key in sorted(members):
         parts = members[key]

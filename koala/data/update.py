@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from koala.console import say, show
 from koala.data import pins
+from koala.data.parquet import named
 from koala.data.pins import Pin
 from koala.data.table_files import located
 from koala.data.tables import TableSource
@@ -134,10 +135,13 @@ def _hashes(tables: "Iterable[pa.Table]") -> "np.ndarray":
     return np.concatenate([np.empty(0, np.uint64), *hashes])
 
 
-def _read(parts: Iterable[Path]) -> "Iterable[pa.Table]":
+def _read(parts: Iterable[Path]) -> "Iterator[pa.Table]":
     import pyarrow.parquet as pq
 
-    return (pq.read_table(part, columns=["url"]) for part in parts)
+    for part in parts:
+        with named(part):
+            table = pq.read_table(part, columns=["url"])
+        yield table
 
 
 def _difference(now: "np.ndarray", before: "np.ndarray") -> tuple[int, int]:

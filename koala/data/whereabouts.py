@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from koala.data.forget import Forgotten
+from koala.data.parquet import named
 
 Found = dict[str, set[str]]
 """Artifact -> keys of samples."""
@@ -38,10 +39,11 @@ def whereabouts(entry: Forgotten, images: Path, kept: Path, latents: Path) -> Fo
 
 def _rows(folder: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     for file in sorted(folder.glob("*.parquet")):
-        table = pq.ParquetFile(file)
-        there = [name for name in columns if name in table.schema_arrow.names]
-        for batch in table.iter_batches(columns=there):
-            yield from batch.to_pylist()
+        with named(file):
+            table = pq.ParquetFile(file)
+            there = [name for name in columns if name in table.schema_arrow.names]
+            for batch in table.iter_batches(columns=there):
+                yield from batch.to_pylist()
 
 
 def _is(entry: Forgotten, url: str | None, sha256: str | None, dhash: int | None = None) -> bool:

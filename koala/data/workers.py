@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
 from itertools import islice
@@ -40,6 +41,7 @@ from koala.data.download import TOLD
 from koala.data.earlier_images import EarlierImages, Held
 from koala.data.fetch import FetchConfig, Fetcher
 from koala.data.shards import Sample, write_shard
+from koala.errors import DISK_FULL
 
 Row = tuple[int, str]
 """A shard's number and the file of its rows."""
@@ -70,14 +72,45 @@ class Downloader(of_one_shard.Downloader):  # type: ignore[misc]
         self._options = options
 
     def __call__(self, row: Row) -> tuple[bool, Row]:
-        """Make a shard in a worker process. Return whether it succeeded, and the shard."""
+        """Make a shard in a worker process. Return whether it succeeded, and the shard. Raises OSError if the disk is full."""
+        self._full = FullDisk()
         held = _held(self._options.earlier, Path(row[1]))
+        self.sample_writer_class = functools.partial(Writer, held, self._full)
         of_one_shard.download_image_with_retry = functools.partial(
-            _fetch, _fetcher(self._options.fetch, self._options.allow), held
+            _fetch, _fetcher(self._options.fetch, self._options.allow), held, self._full
         )
-        self.sample_writer_class = functools.partial(Writer, held)
         found: tuple[bool, Row] = super().__call__(row)
+        self._full.check()
         return found
+
+    def download_shard(self, row: Row) -> None:
+        """Make a shard."""
+        with self._full.noted():
+            super().download_shard(row)
+        self._full.check()
+
+
+class FullDisk:
+    """The first write of a shard for which there was no space. img2dataset takes it for the fault of one sample."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self.error: OSError | None = None
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Keep an error inside the block that is of this kind."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            self.error = error
+
+    def check(self) -> None:
+        """Raise the error, if there was one."""
+        if self.error:
+            raise self.error
 
 
 class _Known(io.BytesIO):
@@ -97,6 +130,7 @@ class Writer:
     def __init__(
         self,
         held: Mapping[str, Held],
+        full: FullDisk,
         shard_id: int,
         output_folder: str,
         save_caption: bool,
@@ -104,23 +138,29 @@ class Writer:
         schema: pa.Schema,
         encode_format: str,
     ) -> None:
-        """Take img2dataset's arguments, and what is known of URLs."""
-        self._held = held
+        """Take img2dataset's arguments, what is known of URLs, and where a full disk is noted."""
+        self._held, self._full = held, full
         self._folder, self._name = Path(output_folder), f"{shard_id:0{oom_shard_count}d}"
         self._schema, self._extension = schema, encode_format
         self._waiting: IO[bytes] = (self._folder / f"{self._name}.waiting").open("w+b")
         self._rows: dict[str, tuple[dict[str, Any], int, int]] = {}
 
     def write(self, image: bytes | None, key: str, caption: str | None, meta: dict[str, Any]) -> None:
-        """Take a row; of one that failed there is no image."""
+        """Take a row; of one that failed there is no image. Nothing more is written once there is no space."""
+        if self._full.error:
+            return
         if image is not None and (held := self._held.get(meta["url"])):
             meta["sha256"] = held.sha256
         start = self._waiting.tell()
-        self._waiting.write(image or b"")
+        with self._full.noted():
+            self._waiting.write(image or b"")
         self._rows[key] = (meta, start, self._waiting.tell() - start if image is not None else -1)
 
     def close(self) -> None:
-        """Write the shard."""
+        """Write the shard. Raises OSError if there was no space: now no thread of the pool waits any more, and nothing hangs."""
+        with self._full.noted():
+            self._waiting.flush()
+        self._full.check()
         rows = [self._rows[key][0] for key in sorted(self._rows)]
         pq.write_table(pa.Table.from_pylist(rows, self._schema), self._folder / f"{self._name}.parquet")
         write_shard(self._folder / f"{self._name}.tar", self._samples(), self._folder / f"{self._name}.part")
@@ -151,11 +191,13 @@ def _fetcher(config: FetchConfig, allow: tuple[str, ...]) -> Fetcher:
 
 
 def _fetch(
-    fetcher: Fetcher, held: Mapping[str, Held], row: tuple[int, str], **_: Any
+    fetcher: Fetcher, held: Mapping[str, Held], full: FullDisk, row: tuple[int, str], **_: Any
 ) -> tuple[int, io.BytesIO | None, str | None]:
     key, url = row
     if known := held.get(url):
         return (key, None, known.cause) if known.status == "failed_to_download" else (key, _Known(known), None)
+    if full.error:
+        return key, None, str(full.error)
     content, cause = fetcher.fetch(url)
     return key, None if content is None else io.BytesIO(content), cause
 
@@ -246,7 +288,13 @@ def main(options: Options) -> None:
         if not hasattr(module, name):
             raise RuntimeError(f"this img2dataset has no {module.__name__}.{name}, in whose place ours belongs")
     vars(whole).update(Downloader=functools.partial(Downloader, options), multiprocessing_distributor=distribute)
-    img2dataset.download(**options.img2dataset)
+    try:
+        img2dataset.download(**options.img2dataset)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        # The stage learns it by the status: the log may be on the same disk. Python's own end would flush it, and fail.
+        os._exit(error.errno)
 
 
 if __name__ == "__main__":

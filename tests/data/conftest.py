@@ -25,3 +25,16 @@ def server() -> Iterator[ShapesServer]:
         yield server
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture(scope="session")
+def stage_inputs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_clip: Path) -> Path:
+    """What the stages of tests/data/stages.py read."""
+    import torch
+    from captioner import blip
+    from stages import make_inputs
+
+    captioner = tmp_path_factory.mktemp("captioner")
+    torch.manual_seed(0)
+    blip(captioner, tiny_teacher)
+    return make_inputs(tmp_path_factory.mktemp("inputs"), tiny_teacher, tiny_clip, captioner)

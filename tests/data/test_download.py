@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,11 +23,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from pydantic import ValidationError
+from space import short_of_space
 
 from koala.data import download as stage
 from koala.data.config import DownloadConfig, DownloadMachine
-from koala.data.shards import read_shards, shards
+from koala.data.shards import Sample, read_shards, shards, write_shard
 from koala.demo.server import TINY, ShapesServer, jpeg
+from koala.disk import naming_full_disk
 from koala.errors import KoalaError
 from koala.run import EARLIER, STATE, NoRun
 
@@ -388,6 +391,48 @@ def test_a_sidecar_that_does_not_serve_is_given_up(out: Path, recorder: Any, mon
     assert not mine(os.getcwd())
 
 
+@pytest.mark.parametrize("how", ["files", "disk"])
+def test_a_full_disk_is_said_and_the_next_run_resumes(out: Path, server: ShapesServer, recorder: Any, how: str) -> None:
+    port = server.server_address[1]
+    table = write_table([f"http://127.0.0.1:{port}/ok/{index:05d}.jpg" for index in range(2 * ROWS)])
+    settings = config(allow=(f"127.0.0.1:{port}",), image_size=64)
+    with short_of_space(out, how) as grow:
+        for _ in range(2 if how == "disk" else 6):  # enough for the files that tell the rows, not for a shard
+            grow()
+        with pytest.raises(KoalaError, match=r"^the disk is full at out/state/shards \("), naming_full_disk(out):
+            stage.download(settings, table, out, recorder)
+        assert not mine(os.getcwd())
+        for _ in range(12):
+            grow()
+        stage.download(settings, table, out, recorder)
+        assert [sample.meta["url"] for sample in read_shards(out)] == urls_of(table)
+
+
+def test_killed_again_and_again_it_fetches_each_image_once(out: Path, server: ShapesServer, recorder: Any) -> None:
+    """Compared by samples: img2dataset's tar files hold times."""
+    port = server.server_address[1]
+    table = write_table([f"http://127.0.0.1:{port}/ok/{index:05d}.jpg" for index in range(3 * ROWS)])
+    settings = config(allow=(f"127.0.0.1:{port}",))
+    Path("whole").mkdir()
+    began = time.monotonic()
+    stage.download(settings, table, Path("whole"), recorder)
+    seconds, chance = time.monotonic() - began, random.Random(0)
+    for _ in range(3):
+        killed = start(settings)
+        with suppress(subprocess.TimeoutExpired):
+            killed.wait(chance.uniform(seconds / 2, 1.5 * seconds))
+        killed.kill()
+        killed.wait()
+    stage.download(settings, table, out, recorder)
+    assert [sample.meta["url"] for sample in read_shards(out)] == urls_of(table)
+    assert list(read_shards(out)) == list(read_shards(Path("whole")))
+    assert json.loads((out / "stats.json").read_text()) == json.loads(Path("whole/stats.json").read_text())
+
+
+def urls_of(table: Path) -> list[str]:
+    return [url for part in sorted(table.glob("*.parquet")) for url in pq.read_table(part)["url"].to_pylist()]
+
+
 # What img2dataset left.
 
 
@@ -401,17 +446,29 @@ def shard(folder: Path, number: int, rows: int = 4, successes: int = 2, counted:
     stats |= {"status_dict": {"success": successes, f"took {number} s": rows - successes}}
     (folder / f"{number:05d}_stats.json").write_text(json.dumps(stats))
     pq.write_table(pa.table({"url": ["u"] * rows}), folder / f"{number:05d}.parquet")
-    (folder / f"{number:05d}.tar").touch()
+    samples = [Sample(f"{index:09d}", b"x", "jpg", "a caption", {}) for index in range(successes)]
+    write_shard(folder / f"{number:05d}.tar", samples, folder / "unfinished")
 
 
-def test_shards_that_are_not_whole_are_done_again(tmp_path: Path) -> None:
+def test_shards_that_are_not_whole_are_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shard(tmp_path, 0)
     shard(tmp_path, 1, successes=0)  # the network was down
     shard(tmp_path, 2, counted=5)  # a row was lost on its way to the disk
     (tmp_path / "00003_stats.json").write_text('{"count": 4, ')  # killed while it was written
+    shard(tmp_path, 4)
+    write_shard(tmp_path / "00004.tar", [], tmp_path / "unfinished")  # lost its images
+    shard(tmp_path, 5)
+    os.truncate(tmp_path / "00005.parquet", 100)
+    shard(tmp_path, 6)
+    os.truncate(tmp_path / "00006.tar", 700)
     stage._discard_unfinished(tmp_path)
     assert [file.name for file in tmp_path.glob("*_stats.json")] == ["00000_stats.json"]
-    assert len(shards(tmp_path)) == 3
+    assert len(shards(tmp_path)) == 6
+    said = capsys.readouterr().err
+    assert "shard 00004 must be fetched again" in said
+    assert "00004.tar holds 0 images, where 00004_stats.json counts 2" in said
+    assert "00005.parquet is truncated" in said
+    assert "00006.tar is truncated" in said
 
 
 def test_statistics_add_up_and_group_messages(tmp_path: Path) -> None:

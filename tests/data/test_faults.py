@@ -1,27 +1,32 @@
 """Faults of what comes from outside, many of a kind: each is one line that names it, or a cause that is counted."""
 
-import hashlib
 import io
+import json
 import os
 import tarfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
-from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from koala.data import decide, judge, manifest
-from koala.data import filter as filtering
-from koala.data.config import FilterConfig
+from koala.data import manifest
+from koala.data.config import DownloadConfig, FilterConfig
 from koala.data.decode import DecodeConfig, UnusableError, normalised
+from koala.data.download import _parts, download
 from koala.data.fetch import quoted, retry_after
 from koala.data.filter import filter as stage
-from koala.data.forget import read, read_hashes
-from koala.data.rules.words import Words
-from koala.data.shards import Sample, ShardWriter, read_shard, shards
-from koala.data.source import source
+from koala.data.forget import Forgotten, read, read_hashes
+from koala.data.judge import Scores
+from koala.data.shards import Sample, ShardWriter, read_shard
 from koala.data.tables import TableSource
+from koala.data.update import _read
+from koala.data.whereabouts import whereabouts
 from koala.errors import KoalaError
 from koala.run import NoRun
 
@@ -200,7 +205,87 @@ def test_a_broken_manifest_is_one_line(content: bytes, tmp_path: Path) -> None:
         manifest.check(tmp_path)
 
 
-# A full disk.
+# A table in place of which something else stands. (Lists: tests/data/test_source.py.)
+
+
+def table_of(file: Path, fault: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"url": ["https://example.com/a.jpg"] * 2_000, "caption": ["x"] * 2_000}), file)
+    if fault == "truncated":
+        os.truncate(file, 900)
+    elif fault == "a few bytes":
+        os.truncate(file, 20)
+    elif fault == "a page":
+        file.write_text("<html>" * 100)
+    elif fault == "other columns":
+        pq.write_table(pa.table({"a": [1]}), file)
+    elif fault == "a folder":
+        file.unlink()
+        file.mkdir()
+
+
+def of_download(folder: Path) -> None:
+    download(DownloadConfig(image_size=32), folder, Path("out"), NoRun())
+
+
+def of_whereabouts(folder: Path) -> None:
+    whereabouts(Forgotten(url="https://example.com/b.jpg", because="x", on=date(2026, 1, 1)), folder, Path(), Path())
+
+
+def of_update(folder: Path) -> None:
+    list(_read(sorted(folder.glob("*.parquet"))))
+
+
+def of_scores(folder: Path) -> None:
+    Scores.read(folder / "part-00000.parquet")
+
+
+@pytest.mark.parametrize(
+    ("reader", "fault"),
+    [
+        (reader, fault)
+        for reader in (of_download, of_whereabouts, of_update, of_scores)
+        for fault in ("truncated", "a few bytes", "a page", "other columns", "a folder")
+        if (reader, fault) != (of_whereabouts, "other columns")  # an artifact of other columns knows no sample
+    ],
+)
+def test_what_is_no_table_is_one_line_with_the_file(reader: Callable[[Path], None], fault: str, out: Path) -> None:
+    table_of(Path("table/part-00000.parquet"), fault)
+    with pytest.raises(KoalaError, match=r"^table/part-00000.parquet ") as raised:
+        reader(Path("table"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("reader", ["table", "shard", "list"])
+def test_a_file_without_permission_is_one_line(reader: str, out: Path) -> None:
+    table_of(Path("table/list.parquet"), "")
+    tar_of(Path("table/00000.tar"), {"1.jpg": b"x"})
+    for file in Path("table").iterdir():
+        file.chmod(0)
+    readers: dict[str, Callable[[], object]] = {
+        "table": lambda: _parts(Path("table")),
+        "shard": lambda: list(read_shard(Path("table/00000.tar"))),
+        "list": lambda: list(TableSource(kind="file", location="table/list.parquet").tables(Counter())),
+    }
+    with as_nobody(), pytest.raises(KoalaError, match=r"[Pp]ermission denied"):
+        readers[reader]()
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Be another user than root, who may read everything."""
+    user = os.geteuid()
+    for folder in (Path.cwd(), *Path.cwd().parents[:3]):
+        folder.chmod(folder.stat().st_mode | 0o755) if user == 0 else None
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+# Counts.
 
 
 def write_images() -> Path:
@@ -212,58 +297,17 @@ def write_images() -> Path:
     return Path("images")
 
 
-def digests(folder: Path) -> dict[str, str]:
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+@pytest.mark.parametrize("counted", [2, 4])
+def test_a_shard_of_another_count_than_img2dataset_says_is_named(counted: int, out: Path) -> None:
+    images = write_images()
+    (images / "00001_stats.json").write_text(json.dumps({"successes": counted}))
+    with pytest.raises(KoalaError, match=rf"^images/00001.tar holds 3 images, where 00001_stats.json counts {counted}"):
+        stage(FilterConfig(), images, Path("scores"), out, NoRun())
 
 
-def full_after(calls: int, write: Callable[..., Any]) -> Callable[..., Any]:
-    """`write`, after so many calls of which the disk is full."""
-    left = [calls]
-
-    def writes(*arguments: Any, **named: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(28, "No space left on device", "x")
-        return write(*arguments, **named)
-
-    return writes
-
-
-@pytest.mark.parametrize(
-    ("module", "name", "calls"),
-    [
-        *((judge.pq, "write_table", calls) for calls in range(5)),  # three judged tables, then verdicts
-        *((judge.os, "replace", calls) for calls in range(4)),
-        *((filtering, "write_shard", calls) for calls in range(3)),
-        (decide, "_write_verdicts", 0),
-    ],
-)
-def test_the_filter_resumes_after_a_full_disk(
-    module: Any, name: str, calls: int, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images, config = write_images(), FilterConfig(rules=(Words(),), shard_size=3)
-    Path("whole").mkdir()
-    stage(config, images, Path("scores"), Path("whole"), NoRun())
-    with monkeypatch.context() as patched:
-        patched.setattr(module, name, full_after(calls, getattr(module, name)))
-        with pytest.raises(OSError, match="No space left"):
-            stage(config, images, Path("scores"), out, NoRun())
-    stage(config, images, Path("scores"), out, NoRun())
-    assert digests(out) == digests(Path("whole"))
-    assert len([sample for shard in shards(out) for sample in read_shard(shard)]) == 8
-
-
-def test_source_resumes_after_a_full_disk(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("list.csv").write_text(
-        "url,caption\n" + "".join(f"https://example.com/{n}.jpg,picture {n}\n" for n in range(9))
-    )
-    config = TableSource(kind="file", location="list.csv")
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", full_after(0, os.replace))
-        with pytest.raises(OSError, match="No space left"):
-            source(config, out=out, run=NoRun())
-    source(config, out=out, run=NoRun())
-    import pyarrow.parquet as pq
-
-    assert pq.read_table(out / "part-00000.parquet").num_rows == 9
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null"])
+def test_broken_counts_are_named(content: str, out: Path) -> None:
+    images = write_images()
+    (images / "00001_stats.json").write_text(content)
+    with pytest.raises(KoalaError, match=r"^images/00001_stats.json is broken"):
+        stage(FilterConfig(), images, Path("scores"), out, NoRun())

@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from koala.data.parquet import named
+
 _SCHEMA = pa.schema({"caption": pa.string()})
 
 
@@ -32,7 +34,10 @@ def align(captions: Path, latents: Path, file: Path) -> bool:
             with pa.memory_map(str(shard)) as source:
                 keys = pa.ipc.open_file(source).read_all()["key"].combine_chunks()
             found = captions / f"{shard.stem}.parquet"
-            new = pq.read_table(found, columns=["key", "caption"]) if found.is_file() else _SCHEMA.empty_table()
+            new = _SCHEMA.empty_table()
+            if found.is_file():
+                with named(found):
+                    new = pq.read_table(found, columns=["key", "caption"])
             column = pa.nulls(len(keys), pa.string())
             if len(new):
                 places = pc.index_in(keys, value_set=new["key"].combine_chunks())
