@@ -33,6 +33,7 @@ from flows.branches import BranchError, fast_forward
 from flows.lost import close_lost_runs, label
 from flows.pools import bring_back, run_in_pool
 from flows.pools import commit as clean_commit
+from flows.promote import propose
 from flows.report import make_artifacts, show_report
 from flows.repro import reproduce
 from flows.services import HOME, Service, ServiceError, free_port, prefect_server
@@ -91,6 +92,8 @@ def distill(student: str, pools: bool = False, commit: str | None = None) -> Sta
             if pools:
                 bring_back(f"evaluate@{student}", flow_run, run.id, show=get_run_logger().info)
             make_artifacts(student, stages, run)
+        if asked := propose(student, f"koala-{profile()}", run.id):
+            get_run_logger().info(f"{student} is a candidate: the run `{asked}` waits for an answer")
     except (PipelineError, StageError, BranchError) as error:
         return Failed(message=str(error))  # one line, where an exception would bring a traceback
     return Completed(message=f"{student} is up to date")

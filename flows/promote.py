@@ -28,6 +28,8 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import State, StateType
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
 from prefect.flow_runs import resume_flow_run
 from prefect.input import RunInput
 from prefect.runtime import flow_run as current
@@ -117,6 +119,33 @@ def _koala(*arguments: str) -> None:
         get_run_logger().info(line)
     if done.returncode:
         raise CommandError(lines[-1] if lines else f"koala {arguments[0]} ended with status {done.returncode}")
+
+
+def propose(student: str, experiment: str, parent_run: str) -> str | None:
+    """Start the promotion of the candidate that a flow's stage `publish` left, once a version. Return the promotion's name.
+
+    None where the flow left no candidate, or where `promote` is not deployed.
+    """
+    published = {"mlflow.parentRunId": parent_run, "stage": "publish", "student": student}
+    if not (found := tracking.newest_run(experiment, published)):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        file = tracking.fetch(found[0], "receipt.json", Path(folder))
+        receipt = json.loads(file.read_text()) if file else {}
+    version = next((sent["version"] for sent in receipt.get("targets", ()) if "version" in sent), None)
+    if receipt.get("promote") != "ask" or version is None:
+        return None
+    try:
+        run = run_deployment(
+            "promote/version",
+            parameters={"student": student, "version": version},
+            idempotency_key=f"{found[0]} {version}",
+            timeout=0,
+            as_subflow=False,
+        )
+    except ObjectNotFound:
+        return None
+    return run.name
 
 
 def answer(student: str, yes: bool, by: str, because: str, version: str | None = None) -> list[str]:

@@ -17,13 +17,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from forks import forks
 from safetensors.torch import load_file
 
 from koala.distill import curves
 from koala.distill.job import Job
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["warm"])
 
 
 def free_port() -> int:
@@ -119,7 +117,7 @@ class Training:
         self.ranks: list[ForkServerProcess] = []
         for index in range(processes):
             own = {"RANK": str(index), "LOCAL_RANK": str(index)} if processes > 1 else {}
-            self.ranks.append(_FORKS.Process(target=rank, args=(file, common | own, str(self.said), backend)))
+            self.ranks.append(forks().Process(target=rank, args=(file, common | own, str(self.said), backend)))
             self.ranks[-1].start()
         self.started += self.ranks
 

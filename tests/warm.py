@@ -1,11 +1,13 @@
 """What koala's processes import, imported: for servers that tests fork processes from.
 
 transformers compiles a thousand patterns when a process loads its first model: here, for all of them. Objects of imports
-are set apart, so that no process looks through them at its collections of garbage.
+are set apart, so that no process looks through them at its collections of garbage. Nothing here starts a thread, which
+no fork would have.
 """
 
 import gc
 import os
+from importlib import import_module
 
 from koala.cli import QUIET
 
@@ -13,22 +15,53 @@ os.environ |= QUIET
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-import koala.bench.train_worker
-import koala.data.download
-import koala.data.encode
-import koala.data.filter
-import koala.data.source
-import koala.data.workers
-import koala.distill.distill
-import koala.distill.train
-import koala.evaluate.evaluate
-import koala.evaluate.generation
-import koala.evaluate.reference
-import koala.process
-import koala.publish.publish
-import koala.runner
-import koala.teacher.tiny
-import koala.unet.student  # noqa: F401
-
+for module in (
+    "PIL.AvifImagePlugin",
+    "PIL.BmpImagePlugin",
+    "PIL.GifImagePlugin",
+    "PIL.JpegImagePlugin",
+    "PIL.PngImagePlugin",
+    "PIL.PpmImagePlugin",
+    "PIL.WebPImagePlugin",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "duckdb",
+    "koala.bench.train_worker",
+    "koala.data.captions.captioner",
+    "koala.data.download",
+    "koala.data.encode",
+    "koala.data.filter",
+    "koala.data.recaption",
+    "koala.data.score",
+    "koala.data.scores.clip_similarity",
+    "koala.data.scores.embedder",
+    "koala.data.scores.models",
+    "koala.data.source",
+    "koala.data.table_reader",
+    "koala.data.tables",
+    "koala.data.workers",
+    "koala.distill.distill",
+    "koala.distill.train",
+    "koala.evaluate.evaluate",
+    "koala.evaluate.generation",
+    "koala.evaluate.reference",
+    "koala.process",
+    "koala.publish.publish",
+    "koala.runner",
+    "koala.teacher.tiny",
+    "koala.unet.student",
+    "matplotlib.backends.backend_agg",
+    "pandas",
+    "polars",
+    "pyarrow.dataset",
+    "transformers.models.bert.tokenization_bert",
+    "transformers.models.blip.image_processing_pil_blip",
+    "transformers.models.blip.modeling_blip",
+    "transformers.models.blip.processing_blip",
+    "transformers.models.clip.image_processing_pil_clip",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.processing_clip",
+    "transformers.models.clip.tokenization_clip",
+):
+    import_module(module)
 get_checkpoint_conversion_mapping("clip_text_model")
 gc.freeze()

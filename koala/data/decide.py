@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,30 +68,26 @@ def _key(judged: Sequence[Path], config: FilterConfig) -> str:
 def _decide(judged: Sequence[Path], config: FilterConfig, state: Path, verdicts: Path) -> Plan:
     import duckdb
 
-    database = state / "decide.duckdb"
-    scratch = state / "decide"
-    shutil.rmtree(scratch, ignore_errors=True)
-    for left in state.glob("decide.duckdb*"):
-        left.unlink()
-    settings: dict[str, str | bool | int | float | list[str]] = {
-        "memory_limit": f"{config.machine.memory_gb}GB",
-        "threads": config.machine.processes,
-        "temp_directory": str(scratch),
-        "preserve_insertion_order": False,
-    }
-    with duckdb.connect(str(database), config=settings) as connection:
-        connection.execute("SET enable_progress_bar = false")  # it would be drawn on stdout
-        tables = connection.read_parquet([str(table) for table in judged], hive_partitioning=False)
-        counted = [field.name for index in range(len(config.quotas)) for field in quota_columns(index)]
-        tables.select(*FACTS.names, *FINGERPRINTS.names, *counted).create_view("judged")
-        _find_candidates(connection, config)
-        _find_groups(connection, config)
-        _decide_groups(connection)
-        _apply_quotas(connection, config.quotas)
-        plan = _write_verdicts(connection, judged, counted, config.shard_size, verdicts)
-    for left in state.glob("decide.duckdb*"):
-        left.unlink()
-    shutil.rmtree(scratch, ignore_errors=True)
+    for left in state.glob("decide-*"):  # of a run that was killed
+        shutil.rmtree(left)
+    # DuckDB knows a database by its path as long as something refers to it: an error's traceback, for one. So each has its own.
+    with tempfile.TemporaryDirectory(prefix="decide-", dir=state) as scratch:
+        settings: dict[str, str | bool | int | float | list[str]] = {
+            "memory_limit": f"{config.machine.memory_gb}GB",
+            "threads": config.machine.processes,
+            "temp_directory": f"{scratch}/spilled",
+            "preserve_insertion_order": False,
+        }
+        with duckdb.connect(f"{scratch}/decide.duckdb", config=settings) as connection:
+            connection.execute("SET enable_progress_bar = false")  # it would be drawn on stdout
+            tables = connection.read_parquet([str(table) for table in judged], hive_partitioning=False)
+            counted = [field.name for index in range(len(config.quotas)) for field in quota_columns(index)]
+            tables.select(*FACTS.names, *FINGERPRINTS.names, *counted).create_view("judged")
+            _find_candidates(connection, config)
+            _find_groups(connection, config)
+            _decide_groups(connection)
+            _apply_quotas(connection, config.quotas)
+            plan = _write_verdicts(connection, judged, counted, config.shard_size, verdicts)
     return plan
 
 

@@ -105,21 +105,21 @@ def test_ablate_turns_one_setting_at_a_time(
         return figures(spec["changes"]["micro_batch"])
 
     monkeypatch.setattr(runner, "run", run)
-    train.bench(STUDENT, "smoke", "cpu", 2, 1, ablate=True, out=None, plot=None)
+    train.bench(STUDENT, "smoke", "cpu", 4, 2, 1, ablate=True, out=None, plot=None)
     assert asked == [
-        ("plain", {"micro_batch": 4}),
-        ("plain", {"micro_batch": 2}),  # out of memory with four
-        ("koala", {"micro_batch": 4}),
-        ("koala, compile true", {"compile": True, "micro_batch": 4}),
-        ("koala, channels_last true", {"channels_last": True, "micro_batch": 4}),
-        ("koala, gradient_checkpointing true", {"gradient_checkpointing": True, "micro_batch": 4}),
-        ("koala, deterministic true", {"deterministic": True, "micro_batch": 4}),
+        ("plain", {"batch_size": 4, "micro_batch": 4}),
+        ("plain", {"batch_size": 4, "micro_batch": 2}),  # out of memory with four
+        ("koala", {"batch_size": 4, "micro_batch": 4}),
+        ("koala, compile true", {"compile": True, "batch_size": 4, "micro_batch": 4}),
+        ("koala, channels_last true", {"channels_last": True, "batch_size": 4, "micro_batch": 4}),
+        ("koala, gradient_checkpointing true", {"gradient_checkpointing": True, "batch_size": 4, "micro_batch": 4}),
+        ("koala, deterministic true", {"deterministic": True, "batch_size": 4, "micro_batch": 4}),
     ]
     printed = capsys.readouterr().out
     assert "| plain " in printed
     assert "2.00 x" in printed
     change_params(distill={"teacher_dtype": "bfloat16"})
-    train.bench(STUDENT, "smoke", "cpu", 2, 1, ablate=True, out=None, plot=None)
+    train.bench(STUDENT, "smoke", "cpu", None, 2, 1, ablate=True, out=None, plot=None)
     assert asked[-1] == ("koala, teacher_float8 true", {"teacher_float8": True, "micro_batch": 4})
     assert "4.0%" in printed  # four times 10^9 of 10^11 a second
 
@@ -205,13 +205,13 @@ def test_what_failed_is_a_row_and_the_others_stand(workspace: Path, monkeypatch:
         return {"failed": 1} if spec["name"] == "plain" else figures(4)
 
     monkeypatch.setattr(runner, "run", run)
-    train.bench(STUDENT, "smoke", "cpu", 2, 2, ablate=False, out=None, plot=None)
+    train.bench(STUDENT, "smoke", "cpu", None, 2, 2, ablate=False, out=None, plot=None)
     printed = capsys.readouterr().out
     assert "| plain  | failed, status 1 |" in printed
     assert "1.00 x" in printed
     monkeypatch.setattr(runner, "run", lambda *_: runner.OUT_OF_MEMORY)
     with pytest.raises(KoalaError, match="nothing could be measured"):
-        train.bench(STUDENT, "smoke", "cpu", 2, 1, ablate=False, out=None, plot=None)
+        train.bench(STUDENT, "smoke", "cpu", None, 2, 1, ablate=False, out=None, plot=None)
 
 
 def test_a_smaller_micro_batch_still_divides_the_batch(workspace: Path, change_params, monkeypatch) -> None:
@@ -224,7 +224,7 @@ def test_a_smaller_micro_batch_still_divides_the_batch(workspace: Path, change_p
         return runner.OUT_OF_MEMORY if tried[-1] > 3 else figures(tried[-1])
 
     monkeypatch.setattr(runner, "run", run)
-    train.bench(STUDENT, "smoke", "cpu", 2, 1, ablate=False, out=None, plot=None)
+    train.bench(STUDENT, "smoke", "cpu", None, 2, 1, ablate=False, out=None, plot=None)
     assert tried == [9, 6, 3] * 2
 
 

@@ -7,53 +7,16 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import forks
 from stages import IMAGES, STAGES, digests, everything, kept, run, samples
 
-KILLS = 12
-# Processes are forked from one that has imported all of it, and has started no threads.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "PIL.AvifImagePlugin",
-        "PIL.BmpImagePlugin",
-        "PIL.GifImagePlugin",
-        "PIL.JpegImagePlugin",
-        "PIL.PngImagePlugin",
-        "PIL.PpmImagePlugin",
-        "PIL.WebPImagePlugin",
-        "diffusers.models.autoencoders.autoencoder_kl",
-        "duckdb",
-        "koala.data.captions.captioner",
-        "koala.data.encode",
-        "koala.data.filter",
-        "koala.data.recaption",
-        "koala.data.score",
-        "koala.data.scores.clip_similarity",
-        "koala.data.scores.embedder",
-        "koala.data.scores.models",
-        "koala.data.source",
-        "koala.data.table_reader",
-        "koala.data.tables",
-        "matplotlib.backends.backend_agg",
-        "pandas",
-        "polars",
-        "pyarrow.dataset",
-        "transformers.models.bert.tokenization_bert",
-        "transformers.models.blip.image_processing_pil_blip",
-        "transformers.models.blip.modeling_blip",
-        "transformers.models.blip.processing_blip",
-        "transformers.models.clip.image_processing_pil_clip",
-        "transformers.models.clip.modeling_clip",
-        "transformers.models.clip.processing_clip",
-        "transformers.models.clip.tokenization_clip",
-    ]
-)
+KILLS = 4
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _imported() -> None:
     """Have the process that others are forked from import all of it, so that no run waits for that."""
-    process = CONTEXT.Process(target=int)
+    process = forks().Process(target=int)
     process.start()
     process.join()
 
@@ -64,7 +27,7 @@ def test_killed_again_and_again_a_stage_makes_the_same_bytes(stage: str, stage_i
     whole.mkdir()
 
     def begin(folder: Path) -> multiprocessing.process.BaseProcess:
-        process = CONTEXT.Process(target=run, args=(stage, stage_inputs, folder.absolute()))
+        process = forks().Process(target=run, args=(stage, stage_inputs, folder.absolute()))
         process.start()
         return process
 

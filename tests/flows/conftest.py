@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -18,6 +19,9 @@ from prefect.settings import get_current_settings
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.processes import carrying
+
+# Prefect's services wait for their threads when a process ends. A process that a later test forks has none of them, and would fail.
+os.register_at_fork(after_in_child=threading._threading_atexits.clear)
 
 ROOT = Path(__file__).parents[2]
 

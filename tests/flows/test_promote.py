@@ -14,12 +14,18 @@ import pytest
 import yaml
 from PIL import Image
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+)
 from prefect.client.schemas.objects import State
 from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow
 
-from flows.promote import answer, promote
+from flows.promote import answer, promote, propose
+from koala import tracking
 from koala.evaluate.prompts import Prompt
 from koala.evaluate.values import Values
 from koala.publish.targets.folder import FolderTarget
@@ -147,3 +153,24 @@ def test_a_command_says_yes_for_one_version(
     state = run(waiting)
     assert (state.type, state.message) == ("COMPLETED", "koala-700m is v1, was v2: by ada: smaller")
     assert latest(target) == "v1"
+
+
+@pytest.mark.parametrize("rule", ["ask", "automatic"])
+def test_a_candidate_is_asked_for_once(target: FolderTarget, client: SyncPrefectClient, rule: str) -> None:
+    student = f"koala-{rule}"
+    receipt = Path("receipt.json")
+    receipt.write_text(json.dumps({"promote": rule, "targets": [{"kind": "folder", "version": "v2"}]}))
+    with tracking.flow_run("koala-smoke", f"distill {student}", "a flow run") as parent:
+        tags = {"mlflow.parentRunId": parent.id, "stage": "publish", "student": student}
+        with tracking.stage_run("koala-smoke", f"publish@{student}", {}, tags, Path()) as published:
+            published.artifact(receipt)
+
+    assert propose(student, "koala-smoke", parent.id) is None  # not deployed
+    flow = client.create_flow(promote)
+    deployment = client.create_deployment(flow, name="version", enforce_parameter_schema=False)
+    asked = [propose(student, "koala-smoke", parent.id) for _ in range(2)]
+    mine = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[deployment]))
+    runs = [run for run in client.read_flow_runs(flow_run_filter=mine) if run.parameters["student"] == student]
+    client.delete_deployment(deployment)
+    assert asked == ([runs[0].name] * 2 if rule == "ask" else [None, None])
+    assert [run.parameters for run in runs] == [{"student": student, "version": "v2"}] * (rule == "ask")
