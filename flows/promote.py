@@ -27,7 +27,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import State, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.flow_runs import resume_flow_run
@@ -145,6 +145,7 @@ def propose(student: str, experiment: str, parent_run: str) -> str | None:
         )
     except ObjectNotFound:
         return None
+    assert isinstance(run, FlowRun)  # not a coroutine: this is no async function
     return run.name
 
 

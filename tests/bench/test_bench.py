@@ -120,7 +120,7 @@ def test_ablate_turns_one_setting_at_a_time(
     assert "2.00 x" in printed
     change_params(distill={"teacher_dtype": "bfloat16"})
     train.bench(STUDENT, "smoke", "cpu", None, 2, 1, ablate=True, out=None, plot=None)
-    assert asked[-1] == ("koala, teacher_float8 true", {"teacher_float8": True, "micro_batch": 4})
+    assert asked[-1] == ("koala, teacher_float8 true", {"teacher_float8": True, "batch_size": 8, "micro_batch": 4})
     assert "4.0%" in printed  # four times 10^9 of 10^11 a second
 
 
