@@ -40,8 +40,9 @@ FLOW_RUN = "KOALA_FLOW_RUN"
 UI = "KOALA_MLFLOW_UI"
 """Environment variable with the address of MLflow's UI."""
 
-# MLflow reads it when it is imported, which is later.
+# MLflow reads them later.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 _CONTENT = "content"  # tag of a registered version: the hash of what it holds
 _RUN_ID = "run_id"  # file in a work folder

@@ -231,13 +231,10 @@ def _say_what_starts(accelerator: Accelerator, job: Job, trained_on: data.Bucket
         say(
             f"distill: buckets of fewer samples than batch_size {job.config.batch_size} repeat them in a batch: {names}"
         )
-    _say_memory(job)
+    if accelerator.device.type == "cuda":  # it takes seconds, and a CPU's memory is the host's
+        say(f"distill: memory, by estimate: {estimate(job).line()}")
     shards = ", the student sharded over them" if sharding.requested() else ""
     say(f"distill: {accelerator.num_processes} processes on {accelerator.device.type}{shards}")
-
-
-def _say_memory(job: Job) -> None:
-    say(f"distill: memory, by estimate: {estimate(job).line()}")
 
 
 def _culprit(

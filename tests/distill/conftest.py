@@ -29,12 +29,6 @@ def small_recipe(machine: dict[str, Any] | None = None, **changes: Any) -> Disti
 
 
 @pytest.fixture(autouse=True)
-def _no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The estimate of memory that training starts with takes seconds, and has tests of its own."""
-    monkeypatch.setattr("koala.distill.train._say_memory", lambda _: None)
-
-
-@pytest.fixture(autouse=True)
 def _no_process_stays() -> Iterator[None]:
     yield
     Training.end_all()
