@@ -51,9 +51,8 @@ def correlations(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 def _correlations(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     warps, there = np.zeros((len(left), 4), np.float32), np.arange(len(left))
-    found = _correlation(
-        left, right, warps, step=2
-    )  # a copy with its sides may have too little pattern to be registered
+    # As they are: a copy with its sides may have too little pattern to be registered.
+    found = _correlation(left, right, warps, step=2)
     grey = [0.299 * image[..., 0] + 0.587 * image[..., 1] + 0.114 * image[..., 2] for image in (left, right)]
     for side, steps, least in _LEVELS:
         a, b = (_reduced(image[there], side) for image in grey)
