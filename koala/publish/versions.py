@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Self
 
 from koala.errors import KoalaError
@@ -61,13 +61,16 @@ class Manifest:
 
     @classmethod
     def read(cls, text: str | bytes, origin: str) -> Self:
-        """Return the manifest that a target keeps. Raises KoalaError where it is none."""
+        """Return the manifest that a target keeps. Raises KoalaError where it is none, or names a file outside of the release."""
         try:
-            return cls(
-                {str(name): File(int(file["size"]), str(file["sha256"])) for name, file in json.loads(text).items()}
-            )
+            files = {name: File(int(file["size"]), str(file["sha256"])) for name, file in json.loads(text).items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise KoalaError(f"{origin} is not a release's manifest: move what is there out of the way") from None
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or path.as_posix() != name or not path.parts:
+                raise KoalaError(f"{origin} names a file outside of the release, {name!r}: someone else wrote it")
+        return cls(files)
 
     def text(self) -> str:
         """Return the content of manifest.json, the same for the same files."""

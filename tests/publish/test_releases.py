@@ -13,6 +13,7 @@ from koala.errors import KoalaError
 from koala.publish.releases import roll_back, show_difference, show_release, show_releases, verify
 from koala.publish.targets.base import Target
 from koala.publish.targets.folder import FolderTarget
+from koala.publish.versions import Manifest
 
 
 @pytest.fixture
@@ -216,3 +217,11 @@ def test_of_candidates_none_stands_until_one_is_promoted(
     roll_back([target], "koala-1b", "v1")
     assert "the latest koala-1b is v1\n" in capsys.readouterr().err
     verify([target], "koala-1b", None)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "unet/../../outside", "./unet", "", "."])
+def test_a_manifest_names_no_file_outside_of_its_release(name: str) -> None:
+    """It comes from a target, and files are written by its names."""
+    text = json.dumps({"unet/model.safetensors": {"size": 1, "sha256": "0"}, name: {"size": 1, "sha256": "0"}})
+    with pytest.raises(KoalaError, match="outside of the release"):
+        Manifest.read(text, "s3://shelf/manifest.json")
