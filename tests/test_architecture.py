@@ -90,7 +90,10 @@ def test_3_only_the_runner_and_flows_know_the_folders(word: str) -> None:
 
 
 def test_4_only_the_list_of_kinds_and_the_command_know_the_demo_and_the_benchmarks() -> None:
-    for package, known_by in {"koala.demo": {"koala.params", "koala.cli"}, "koala.bench": {"koala.commands.bench"}}.items():
+    for package, known_by in {
+        "koala.demo": {"koala.params", "koala.cli"},
+        "koala.bench": {"koala.commands.bench"},
+    }.items():
         names = {file: name_of(file) for file in [*KOALA, *FLOWS]}
         assert package in names.values()
         others = [
