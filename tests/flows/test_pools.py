@@ -164,21 +164,18 @@ def joined(
     mlflow_store: str,
     tmp_path: Path,
     outside: dict[str, str],
+    gpu: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """Have a machine join: `joined("one", "--pool", "gpu")`."""
     url = str(client.api_url).rstrip("/")
     monkeypatch.setenv("PREFECT_API_URL", url)  # for the command that deploys
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
-    fake = tmp_path / "bin/nvidia-smi"
-    fake.parent.mkdir()
-    fake.write_text("#!/bin/sh\necho 'GPU 0: a toaster (UUID: GPU-1)'\n")
-    fake.chmod(0o755)
     workers = []
 
     def run(name: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         s3 = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
-        path = f"{fake.parent}{os.pathsep}{outside['PATH']}"
+        path = f"{gpu}{os.pathsep}{outside['PATH']}"
         own = {**outside, **s3, "PATH": path, "KOALA_REPOSITORY": str(shared), **environment}
         command = [sys.executable, "-m", "flows.join", "--server", url, "--disk=0.001", "--folder", tmp_path / name]
         with (tmp_path / f"{name}.log").open("wb") as log:
