@@ -7,11 +7,14 @@ import csv
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,12 @@ ROOT = Path(__file__).parents[2]
 STUDENT = "koala-700m"
 SERIES = 1
 LIST = "s3://koala/lists/pictures.csv"
-LARGEST = 3_000_000  # parameters that a student may have, which koala-700m keeps to
+LARGEST = 3_000_000  # parameters that a student may have; koala-700m at this size has 2,776,836
+
+# How often a stage is computed in the four days. What did not change is restored: the teacher stands since day 1, and on day 3
+# all that comes before the student.
+ANNA = {"source": 2, "download": 2, "filter": 2, "teacher": 1, "student": 2, "publish": 3}
+OTTO = {"score": 2, "recaption": 2, "encode": 2, "reference": 1, "distill": 3, "evaluate": 3}
 CHECKOUT = (
     "koala",
     "flows",
@@ -72,7 +80,7 @@ class Team:
             text=True,
             timeout=900,
         )
-        self.note(f"$ {' '.join(command)}\n{done.stdout}[{time.monotonic() - begun:.0f} s]")
+        self.note(f"$ {shlex.join(command)}\n{done.stdout}[{time.monotonic() - begun:.0f} s]")
         assert done.returncode == status, done.stdout
         return done.stdout
 
@@ -89,10 +97,6 @@ class Team:
         change(document)
         file.write_text(yaml.safe_dump(document, sort_keys=False))
 
-    def versions(self) -> str:
-        """What `koala release list` shows of the student, a line a version."""
-        return self.types("koala", "release", "list", STUDENT)
-
 
 def pictures(url: str, count: int) -> bytes:
     """A list of that many pictures of the shapes server."""
@@ -105,11 +109,30 @@ def pictures(url: str, count: int) -> bytes:
     return out.getvalue().encode()
 
 
-def stands(bucket: Any) -> str:
-    """The version that the target gives whoever asks for the latest."""
-    return json.loads(bucket.get_object(Bucket="koala", Key=f"releases/{STUDENT}/latest.json")["Body"].read())[
-        "version"
-    ]
+def configure(document: dict[str, Any], web: str) -> None:
+    """Have profile `smoke` read the list of the web on S3, and release to S3 what a person says yes to."""
+    document |= {"profile": "smoke", "students": {STUDENT: document["students"][STUDENT]}}
+    cpu = {"launch": "infra/accelerate/cpu.yaml", "micro_batch": 4, "checkpoint_every": 2, "validate_every": 3}
+    document["machines"] = {"cpu": {**document["machines"]["cpu"], "distill": cpu}}
+    document["machines"]["cpu"]["evaluate"] = {"batch_size": 3, "latency_repeats": 2}
+    smoke = document["profiles"]["smoke"]
+    smoke["source"] = {"kind": "s3", "location": LIST, "score_columns": ["aesthetic"], "private_hosts": True}
+    del smoke["download"]["sidecar"]
+    smoke["download"]["allow"] = [web.removeprefix("http://")]
+    smoke["publish"] |= {
+        "require": [
+            {"metric": "attributes/all", "at_least": 0},
+            {"metric": "unet_parameters", "at_most": LARGEST},
+        ],
+        "targets": {"s3": {"location": "s3://koala/releases"}},
+        "promote": "ask",
+    }
+    document["profiles"] = {"smoke": smoke}
+
+
+def computed(log: str) -> Counter[str]:
+    """How often a machine computed each stage."""
+    return Counter(re.findall(r"> koala (\w+)", log))
 
 
 @pytest.fixture
@@ -203,29 +226,17 @@ def test_four_days(
         done = until("version", "Completed", count, 200, logs)
         team.note(f"{done.name}: {done.state.message}")
 
-    def configure(document: dict[str, Any]) -> None:
-        document |= {"profile": "smoke", "students": {STUDENT: document["students"][STUDENT]}}
-        cpu = {"launch": "infra/accelerate/cpu.yaml", "micro_batch": 4, "checkpoint_every": 2, "validate_every": 3}
-        document["machines"] = {"cpu": {**document["machines"]["cpu"], "distill": cpu}}
-        document["machines"]["cpu"]["evaluate"] = {"batch_size": 3, "latency_repeats": 2}
-        smoke = document["profiles"]["smoke"]
-        smoke["source"] = {"kind": "s3", "location": LIST, "score_columns": ["aesthetic"], "private_hosts": True}
-        del smoke["download"]["sidecar"]
-        smoke["download"]["allow"] = [web.removeprefix("http://")]
-        smoke["publish"] |= {
-            "require": [
-                {"metric": "attributes/all", "at_least": 0},
-                {"metric": "unet_parameters", "at_most": LARGEST},
-            ],
-            "targets": {"s3": {"location": "s3://koala/releases"}},
-            "promote": "ask",
-        }
-        document["profiles"] = {"smoke": smoke}
+    def stands(version: str) -> None:
+        """The target gives this version to whoever asks for the latest, and `koala release list` says so."""
+        latest = strict_bucket.get_object(Bucket="koala", Key=f"releases/{STUDENT}/latest.json")["Body"].read()
+        assert json.loads(latest)["version"] == version
+        lines = team.types("koala", "release", "list", STUDENT).splitlines()
+        assert [line.split()[2] for line in lines if line.endswith("latest")] == [version]
 
     # Day 1: two machines train.
     team.note("## Day 1")
     strict_bucket.put_object(Bucket="koala", Key="lists/pictures.csv", Body=pictures(web, 120))
-    team.changes(configure)
+    team.changes(lambda document: configure(document, web))
     (team.checkout / "source.lock.yaml").write_text("{}\n")
     for command in (
         ("git", "init", "--quiet", "--initial-branch=main"),
@@ -244,10 +255,7 @@ def test_four_days(
     machines.join("otto", "gpu", tmp_path / "origin")
     team.types("prefect", "deployment", "run", f"distill/{STUDENT}", "--watch")
     approves("v1", "the first", 1)
-    team.versions()
-    assert stands(strict_bucket) == "v1"
-    for name in ("anna", "otto"):
-        team.note(f"--- {name}\n{machines.log(name)}")
+    stands("v1")
 
     # Day 2: the list grows.
     team.note("## Day 2")
@@ -257,10 +265,10 @@ def test_four_days(
     team.note(f"{watched.name}: {watched.state.message}")
     retrained = until(STUDENT, "Completed", 2, 900, logs)
     team.note(f"{retrained.name}: {retrained.state.message}")
-    assert stands(strict_bucket) == "v1"
-    team.versions()
+    assert "150 of 150 images (100.0%), 120 of the rows taken over" in machines.log("anna")
+    stands("v1")
     approves("v2", "it saw 30 more pictures", 2)
-    assert stands(strict_bucket) == "v2"
+    stands("v2")
     branch = team.types("git", "for-each-ref", "--format=%(refname:short)", "refs/heads/retrain").strip()
     team.types("git", "merge", "--ff-only", branch)
     team.types("git", "push", "--quiet", "origin", "HEAD:main")
@@ -279,18 +287,17 @@ def test_four_days(
     team.note(f"{refused.name}: {refused.state_name}: {refused.state.message}")
     assert refused.state.is_failed()
     assert f"unet_parameters at most {LARGEST}" in str(refused.state.message)
-    assert stands(strict_bucket) == "v2"
+    stands("v2")
     assert len(runs_of("version")) == 2
-    team.versions()
 
     # Day 4: a rollback.
     team.note("## Day 4")
     team.types(
         "prefect", "deployment", "run", "promote/version", "--param", f"student={STUDENT}", "--param", "version=v1"
     )
-    approves("v1", "v2 draws hands with six fingers", 3)
-    assert stands(strict_bucket) == "v1"
-    team.versions()
+    approves("v1", "v1 pleases more", 3)
+    stands("v1")
     team.types("koala", "release", "show", STUDENT)
-    for name in ("anna", "otto"):
-        team.note(f"--- {name}\n{machines.log(name)}")
+
+    assert computed(machines.log("anna")) == ANNA
+    assert computed(machines.log("otto")) == OTTO
