@@ -221,7 +221,8 @@ def _run(name: str, arguments: list[str]) -> None:
     elif arguments[0] == "-m":
         sys.path[0] = os.getcwd()
         sys.argv = arguments[1:]
-        sys.modules.pop(arguments[1], None)
+        if not hasattr(sys.modules.get(arguments[1]), "__path__"):  # a package runs another module, and keeps its own
+            sys.modules.pop(arguments[1], None)
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     elif arguments[0] == "-c":
         sys.path[0] = ""

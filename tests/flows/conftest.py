@@ -15,10 +15,13 @@ from pathlib import Path
 import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.settings import get_current_settings
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
+from ranks import free_port
 
 from flows.processes import carrying
+from flows.services import prefect_server
+from koala.provenance import git_commit
 
 # Prefect's services wait for their threads when a process ends. A process that a later test forks has none of them, and would fail.
 os.register_at_fork(after_in_child=threading._threading_atexits.clear)
@@ -27,6 +30,9 @@ ROOT = Path(__file__).parents[2]
 
 # Variable that all processes of a test carry, so that a test can see what it left.
 MARK = "FLOWS_TEST"
+
+# Variable that all processes of a machine carry.
+MACHINE = "TEAM_MACHINE"
 
 # Stages that koala knows nothing of, so that a list of stages in flows/ would not pass.
 DVC_YAML = """
@@ -215,6 +221,76 @@ def start(project: Path, outside: dict[str, str]) -> Iterator[Callable[..., subp
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
+
+
+@pytest.fixture
+def prefect(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server that runs all of Prefect's services: that of the other tests never takes back the turn of a run that was lost."""
+    port = free_port()
+    server = prefect_server(port)
+    url = f"http://127.0.0.1:{port}/api"
+    server.wait_until(f"{url}/health")
+    monkeypatch.setenv("PREFECT_API_URL", url)
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield url
+    server.end()
+
+
+class Machines:
+    """Machines of a team, played by workers in folders of their own, which share nothing but the servers."""
+
+    def __init__(self, server: str, folder: Path, environment: dict[str, str]) -> None:
+        self._server = server
+        self._folder = folder
+        self._environment = environment
+        self._workers: list[subprocess.Popen[bytes]] = []
+
+    def join(self, name: str, pool: str, repository: Path) -> None:
+        """Have a machine of that name join a pool."""
+        command = [sys.executable, "-m", "flows.join", f"--pool={pool}", f"--server={self._server}", "--machine=cpu"]
+        command += ["--disk=0.001", f"--folder={self._folder / name}"]
+        aws = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
+        own = {"KOALA_REPOSITORY": str(repository), MACHINE: name, "OMP_NUM_THREADS": "1"}
+        with (self._folder / f"{name}.log").open("wb") as log:
+            environment = {**self._environment, **aws, **own}
+            self._workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+
+    def log(self, name: str) -> str:
+        """What a machine printed."""
+        return (self._folder / f"{name}.log").read_text()
+
+    def kill(self, name: str) -> None:
+        """Kill all processes of a machine, as a power cut would."""
+        while processes := carrying(MACHINE, name):
+            for process in processes:
+                process.kill()
+            time.sleep(0.1)
+
+    def leave(self) -> None:
+        """Have all machines leave."""
+        for worker in self._workers:
+            worker.terminate()
+        for worker in self._workers:
+            worker.wait(60)
+
+
+@pytest.fixture
+def machines(prefect: str, tmp_path: Path, outside: dict[str, str], gpu: Path) -> Iterator[Machines]:
+    """A team without machines yet."""
+    team = Machines(prefect, tmp_path, {**outside, "PATH": f"{gpu}{os.pathsep}{outside['PATH']}"})
+    yield team
+    team.leave()
+    git_commit.cache_clear()
+
+
+@pytest.fixture
+def gpu(tmp_path: Path) -> Path:
+    """A folder with an nvidia-smi that shows one GPU."""
+    fake = tmp_path / "bin/nvidia-smi"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho 'GPU 0: a toaster (UUID: GPU-1)'\n")
+    fake.chmod(0o755)
+    return fake.parent
 
 
 class Lingering:

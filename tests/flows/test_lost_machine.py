@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
@@ -18,14 +17,11 @@ from typing import Any
 import pytest
 import yaml
 from mlflow import MlflowClient
-from prefect.settings import PREFECT_API_URL, temporary_settings
-from ranks import free_port, same
+from ranks import same
 from safetensors.torch import load_file
 
 from flows import pools
 from flows.deployments import deploy
-from flows.processes import carrying
-from flows.services import prefect_server
 from koala import tracking
 from koala.distill import curves
 from koala.distill.remote_checkpoints import COMPLETE
@@ -35,7 +31,6 @@ pytestmark = [pytest.mark.team, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 STAGE = "distill@koala-700m"
-MACHINE = "TEAM_MACHINE"  # variable that all processes of a machine carry
 STEPS = 400
 
 # `prepare` stands for all stages before `distill`.
@@ -105,69 +100,9 @@ def team(project: Path, strict_bucket: Any, artifacts: Any, tmp_path: Path) -> P
     return project
 
 
-@pytest.fixture
-def prefect(team: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A server that runs all of Prefect's services: that of the other tests never takes back the turn of a run that was lost."""
-    port = free_port()
-    server = prefect_server(port)
-    url = f"http://127.0.0.1:{port}/api"
-    server.wait_until(f"{url}/health")
-    monkeypatch.setenv("PREFECT_API_URL", url)
-    with temporary_settings({PREFECT_API_URL: url}):
-        yield url
-    server.end()
-
-
-@pytest.fixture
-def join(
-    team: Path, prefect: str, tmp_path: Path, outside: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[str], None]]:
-    """Have a machine of that name join pool cpu."""
-    aws = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
-    workers = []
-
-    def run(name: str) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "flows.join",
-            "--pool=cpu",
-            "--server",
-            prefect,
-            "--machine=cpu",
-            "--disk=0.001",
-        ]
-        own = {"KOALA_REPOSITORY": str(team), MACHINE: name, "OMP_NUM_THREADS": "1"}
-        with (tmp_path / f"{name}.log").open("wb") as log:
-            workers.append(
-                subprocess.Popen(
-                    [*command, "--folder", tmp_path / name],
-                    env={**outside, **aws, **own},
-                    stdout=log,
-                    stderr=log,
-                    cwd=team,
-                )
-            )
-
-    yield run
-    for worker in workers:
-        worker.terminate()
-    for worker in workers:
-        worker.wait(60)
-    git_commit.cache_clear()
-
-
-def kill(machine: str) -> None:
-    """Kill all processes of a machine, as a power cut would."""
-    while processes := carrying(MACHINE, machine):
-        for process in processes:
-            process.kill()
-        time.sleep(0.1)
-
-
 def test_another_machine_resumes_from_the_checkpoint_in_s3(
-    join: Callable[[str], None],
     team: Path,
+    machines: Any,
     strict_bucket: Any,
     mlflow_store: str,
     tmp_path: Path,
@@ -178,34 +113,31 @@ def test_another_machine_resumes_from_the_checkpoint_in_s3(
     deploy(pools=True)
     said: list[str] = []
 
-    def log(name: str) -> str:
-        return (tmp_path / f"{name}.log").read_text()
-
     def complete() -> list[str]:
         objects = strict_bucket.list_objects_v2(Bucket="koala", Prefix="checkpoints/").get("Contents", ())
         return [entry["Key"] for entry in objects if entry["Key"].endswith(COMPLETE)]
 
     with tracking.flow_run("koala-smoke", "team", "team") as parent, ThreadPoolExecutor() as threads:
-        join("one")
+        machines.join("one", "cpu", team)
         stage = threads.submit(
             copy_context().run, pools.run_in_pool, STAGE, "cpu", parent.id, pools.commit(), said.append
         )
         deadline = time.monotonic() + 200
         while not complete():
-            assert time.monotonic() < deadline, log("one")
-            assert not stage.done(), log("one")
+            assert time.monotonic() < deadline, machines.log("one")
+            assert not stage.done(), machines.log("one")
             time.sleep(0.2)
-        kill("one")
+        machines.kill("one")
         lost_at = time.monotonic()
-        join("two")
+        machines.join("two", "cpu", team)
         state = stage.result(600)
         took = time.monotonic() - lost_at
-        assert state.is_completed(), f"{state.message}\n{log('two')}"
+        assert state.is_completed(), f"{state.message}\n{machines.log('two')}"
         pools.bring_back(STAGE, "team", parent.id, said.append)
     assert took < 400
     assert "its machine was lost" in said[0], said
-    assert "resuming from step" in log("two")
-    assert f"resuming from step {STEPS}" not in log("two")
+    assert "resuming from step" in machines.log("two")
+    assert f"resuming from step {STEPS}" not in machines.log("two")
 
     # The lost machine's run is closed; the other's has all losses.
     of_stage = MlflowClient(mlflow_store).search_runs(

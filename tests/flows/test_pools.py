@@ -1,6 +1,7 @@
 """Several machines, played by clones on one: a real S3 server, a real Prefect server, workers as processes."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -164,21 +165,18 @@ def joined(
     mlflow_store: str,
     tmp_path: Path,
     outside: dict[str, str],
+    gpu: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """Have a machine join: `joined("one", "--pool", "gpu")`."""
     url = str(client.api_url).rstrip("/")
     monkeypatch.setenv("PREFECT_API_URL", url)  # for the command that deploys
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
-    fake = tmp_path / "bin/nvidia-smi"
-    fake.parent.mkdir()
-    fake.write_text("#!/bin/sh\necho 'GPU 0: a toaster (UUID: GPU-1)'\n")
-    fake.chmod(0o755)
     workers = []
 
     def run(name: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         s3 = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
-        path = f"{fake.parent}{os.pathsep}{outside['PATH']}"
+        path = f"{gpu}{os.pathsep}{outside['PATH']}"
         own = {**outside, **s3, "PATH": path, "KOALA_REPOSITORY": str(shared), **environment}
         command = [sys.executable, "-m", "flows.join", "--server", url, "--disk=0.001", "--folder", tmp_path / name]
         with (tmp_path / f"{name}.log").open("wb") as log:
@@ -326,3 +324,30 @@ def test_s3_that_refuses_for_20_seconds_as_a_stage_is_pushed_is_waited_for(
         machine("two")
         assert computed("knead") == []
         assert Path("artifacts/demo/knead/from").read_text() == "bread"
+
+
+@pytest.mark.team
+@pytest.mark.timeout(900)
+def test_two_flows_that_want_the_same_stages_compute_each_once(
+    joined: Callable[..., subprocess.Popen[bytes]],
+    shared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pools, "POLL_SECONDS", 0.2)
+    deploy(pools=True)
+    machines = {"one": "cpu", "two": "cpu", "three": "gpu", "four": "gpu"}
+    for name, pool in machines.items():
+        joined(name, "--pool", pool, "--machine", f"a-{pool}")
+    git_commit.cache_clear()
+    monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path / "parent"))
+    with ThreadPoolExecutor() as threads:
+        flows = [
+            threads.submit(copy_context().run, distill, "koala-a", pools=True, return_state=True) for _ in range(2)
+        ]
+        states = [flow.result(800) for flow in flows]
+    git_commit.cache_clear()
+    logs = {name: (tmp_path / f"{name}.log").read_text() for name in machines}
+    assert [state.is_completed() for state in states] == [True, True], (states, logs)
+    made = [word for log in logs.values() for word in re.findall(r"making (\S+) in", log)]
+    assert sorted(made) == ["heat", "knead", "koala-a", "koala-a"]  # evaluate and publish make a folder koala-a each
