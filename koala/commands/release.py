@@ -1,11 +1,14 @@
 """The commands `koala release ...`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from koala.commands.options import StudentName
+
+if TYPE_CHECKING:
+    from koala.publish.config import PublishConfig
 
 app = typer.Typer(no_args_is_help=True, help="See, verify, approve and roll back releases.")
 
@@ -30,12 +33,10 @@ def release_show(
     version: Annotated[str | None, typer.Argument(metavar="VERSION", help="such as v3; left out: the latest")] = None,
 ) -> None:
     """Show what a version is: card, scores, verdicts, provenance, files."""
-    from koala import params as parameters
+    settings = _settings(name)
     from koala.publish.releases import show_release
 
-    loaded = parameters.load()
-    loaded.student(name)
-    show_release(loaded.recipe.publish.targets, name, version)
+    show_release(settings.targets, name, version)
 
 
 @app.command("diff")
@@ -45,12 +46,10 @@ def release_diff(
     other: Annotated[str, typer.Argument(metavar="B", help="another")],
 ) -> None:
     """Show what two versions differ in: scores, recipe, files."""
-    from koala import params as parameters
+    settings = _settings(name)
     from koala.publish.releases import show_difference
 
-    loaded = parameters.load()
-    loaded.student(name)
-    show_difference(loaded.recipe.publish.targets, name, one, other)
+    show_difference(settings.targets, name, one, other)
 
 
 @app.command("verify")
@@ -59,12 +58,10 @@ def release_verify(
     version: Annotated[str | None, typer.Argument(metavar="VERSION", help="such as v3; left out: the latest")] = None,
 ) -> None:
     """Read a version at each target, and compare it with its manifest."""
-    from koala import params as parameters
+    settings = _settings(name)
     from koala.publish.releases import verify
 
-    loaded = parameters.load()
-    loaded.student(name)
-    verify(loaded.recipe.publish.targets, name, version)
+    verify(settings.targets, name, version)
 
 
 @app.command("rollback")
@@ -72,14 +69,12 @@ def release_rollback(
     name: StudentName, version: Annotated[str, typer.Argument(metavar="VERSION", help="such as v3")]
 ) -> None:
     """Make a version the latest at each target; nothing is deleted."""
-    from koala import params as parameters
+    settings = _settings(name)
     from koala import tracking
     from koala.console import say
     from koala.publish.releases import roll_back
 
-    loaded = parameters.load()
-    loaded.student(name)
-    manifest = roll_back(loaded.recipe.publish.targets, name, version)
+    manifest = roll_back(settings.targets, name, version)
     if registered := tracking.set_alias(name, manifest.sha256, "champion"):
         say(f"MLflow: the champion of {name} is version {registered}")
 
@@ -91,13 +86,11 @@ def release_judge(
     out: Annotated[Path, typer.Option(help="folder for verdict.json, a table and the images beside the champion's")],
 ) -> None:
     """Judge a version by today's rules, beside the one that stands."""
-    from koala import params as parameters
+    settings = _settings(name)
     from koala.console import show
     from koala.publish.promotion import judge_version, show_verdict
 
-    loaded = parameters.load()
-    loaded.student(name)
-    show(show_verdict(judge_version(loaded.publish, name, version, out)))
+    show(show_verdict(judge_version(settings, name, version, out)))
 
 
 @app.command("approve")
@@ -110,14 +103,21 @@ def release_approve(
     by: Annotated[str | None, typer.Option(help="who says so; left out: the account's name")] = None,
 ) -> None:
     """Let a student out that misses a rule, or a version stand."""
-    from koala import params as parameters
+    settings = _settings(name)
     from koala.publish.promotion import approve_version
     from koala.publish.releases import approve
     from koala.runner import artifact
 
-    loaded = parameters.load()
-    loaded.student(name)
     if version:
         approve_version(name, version, because, by)
         return
-    approve(loaded.publish, name, artifact("evaluation", name), because, by)
+    approve(settings, name, artifact("evaluation", name), because, by)
+
+
+def _settings(student: str) -> "PublishConfig":
+    """Return how a student is published. Raises KoalaError for one that params.yaml does not name."""
+    from koala import params as parameters
+
+    loaded = parameters.load()
+    loaded.student(student)
+    return loaded.publish

@@ -92,7 +92,11 @@ def describe(release: Release, stands: Mapping[str, str]) -> None:
 
 
 def describe_difference(one: Release, other: Release) -> None:
-    """Print what differs between two versions: figures side by side, values of the recipe, files."""
+    """Print what differs between two versions: figures side by side, values of the recipe, files.
+
+    Raises KoalaError where there is no such version.
+    """
+    files = one.manifest.files, other.manifest.files  # raises where there is no such version, before anything is shown
     show(f"{one.student} {one.version} and {other.version}\n")
     figures = one.figures, other.figures
     rows = [[name, *(" ".join(_cells(each.get(name))) for each in figures)] for name in _names(*figures)]
@@ -100,7 +104,6 @@ def describe_difference(one: Release, other: Release) -> None:
     recipes = [flatten(each.training.get("config", {})) for each in (one, other)]
     rows = [[name, *(str(each.get(name, _NONE)) for each in recipes)] for name in _differing(*recipes)]
     show(_table(["recipe", one.version, other.version], rows, "the same recipe"))
-    files = one.manifest.files, other.manifest.files
     rows = [
         [name, *(f"{each[name].size:,}" if name in each else _NONE for each in files)] for name in _differing(*files)
     ]

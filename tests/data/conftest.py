@@ -29,7 +29,7 @@ def server() -> Iterator[ShapesServer]:
 
 @pytest.fixture(scope="session")
 def stage_inputs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_clip: Path) -> Path:
-    """What the stages of tests/data/stages.py read."""
+    """What the stages of tests/stages.py read."""
     import torch
     from captioner import blip
     from stages import make_inputs

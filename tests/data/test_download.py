@@ -238,6 +238,16 @@ def test_another_speed_or_route_resumes() -> None:
     assert one.recipe() != other.recipe() == config(sidecar=("a", "tunnel"), machine=DownloadMachine()).recipe()
 
 
+@contextmanager
+def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serve on loopback inside the block; the host and port."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture
 def deadly() -> Iterator[SimpleNamespace]:
     """A server whose path /kill/N.png kills the process that asks, as often as `lives` has left of N."""
@@ -263,11 +273,8 @@ def deadly() -> Iterator[SimpleNamespace]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Deadly)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    yield SimpleNamespace(place=f"127.0.0.1:{server.server_port}", lives=lives)
-    server.shutdown()
-    server.server_close()
+    with served(Deadly) as place:
+        yield SimpleNamespace(place=place, lives=lives)
 
 
 @pytest.mark.usefixtures("forked")
@@ -318,11 +325,8 @@ def counting() -> Iterator[SimpleNamespace]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Counts)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    yield SimpleNamespace(place=f"127.0.0.1:{server.server_port}", asked=asked)
-    server.shutdown()
-    server.server_close()
+    with served(Counts) as place:
+        yield SimpleNamespace(place=place, asked=asked)
 
 
 def hashes(folder: Path) -> dict[str, str]:

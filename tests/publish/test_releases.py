@@ -144,6 +144,14 @@ def test_a_version_is_shown_with_where_it_stands(tmp_path: Path, capsys: pytest.
         show_release(targets, "koala-700m", "v9")
 
 
+def test_a_difference_of_versions_that_are_not_there_shows_nothing(
+    target: FolderTarget, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KoalaError, match="has no version 'v9': choose one of v1, v2"):
+        show_difference([target], "koala-700m", "v1", "v9")
+    assert capsys.readouterr().out == ""
+
+
 def test_a_difference_names_figures_recipe_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = FolderTarget(path=tmp_path / "one")
     published(tmp_path / "release", target, 0.9, steps=6, weights={"feature": 1, "task": 1})
