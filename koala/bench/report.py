@@ -126,7 +126,7 @@ def _why(row: Figures) -> str:
 
 def data(found: dict[str, Any], out: Path | None, plot: Path | None) -> None:
     """Show `koala bench data`'s table: how speed and memory go with a list's length."""
-    table = [["list", "rows", "rows/s", "rows a CPU second", "memory, MiB"]]
+    table = [["pass", "rows", "rows/s", "rows a CPU second", "memory, MiB"]]
     for row in found["rows"]:
         if "seconds" not in row:
             table.append([row["name"], f"{row['rows']:,}", _why(row), "-", "-"])
@@ -237,14 +237,14 @@ def _data_figure(found: dict[str, Any]) -> "Figure":
     rows = [row for row in found["rows"] if "seconds" in row]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     panels = {
-        "thousand rows/s": lambda row: row["rows"] / row["seconds"] / 1_000,
+        "thousand rows a CPU second": lambda row: row["rows"] / row["cpu_seconds"] / 1_000,
         "memory at its peak, MiB": lambda row: row["peak_bytes"] / 2**20,
     }
     for axes, (title, value) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for name in dict.fromkeys(row["name"] for row in rows):
             own = [row for row in rows if row["name"] == name]
             axes.plot([row["rows"] for row in own], list(map(value, own)), marker="o", label=name)
-        axes.set(xscale="log", xlabel="rows of the list", ylim=(0, None))
+        axes.set(xscale="log", xlabel="rows", ylim=(0, None))
         axes.set_title(title, loc="left", fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)

@@ -55,37 +55,23 @@ def bench_infer(
 
 @app.command("data")
 def bench_data(
-    rows: Annotated[
-        list[int] | None, typer.Option(min=1, help="rows of a list; may be repeated; left out: 10 k, 100 k, 1 M")
+    rows: Annotated[list[int] | None, typer.Option(min=1, help="may be repeated; left out: 10 k, 100 k")] = None,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option("--pass", help="source, download, judge, decide, write or encode; may be repeated; left out: all"),
     ] = None,
     formats: Annotated[
-        list[str] | None, typer.Option("--format", help="parquet, csv or jsonl; may be repeated; left out: all")
+        list[str] | None,
+        typer.Option("--format", help="of source's list: parquet, csv or jsonl; may be repeated; left out: all"),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="measurements of each")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="measurements of each")] = 1,
     out: Out = None,
     plot: Plot = None,
 ) -> None:
-    """Measure the stage source: rows/s and memory over a list's length."""
+    """Measure what comes before training: rows/s and memory over a list's length."""
     from koala.bench.data import bench
 
-    bench(rows or [], formats or [], rounds, out, plot)
-
-
-@app.command("stages")
-def bench_stages(
-    rows: Annotated[
-        list[int] | None, typer.Option(min=1, help="images; may be repeated; left out: 10 k, 100 k")
-    ] = None,
-    passes: Annotated[
-        list[str] | None,
-        typer.Option("--pass", help="download, judge, decide, write or encode; may be repeated; left out: all"),
-    ] = None,
-    out: Out = None,
-) -> None:
-    """Measure download, filter and encode: rows/s and memory over the number of images."""
-    from koala.bench.stages import bench
-
-    bench(rows or [], passes or [], out)
+    bench(rows or [], passes or [], formats or [], rounds, out, plot)
 
 
 @app.command("duplicates")
