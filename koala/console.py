@@ -67,14 +67,15 @@ def _lines(
     items: Iterable[T], label: str, total: int, done: int, unit: str | None, size: Callable[[T], int]
 ) -> Iterator[T]:
     start = last = time.monotonic()
-    count = 0
+    count = shown = 0
     for item in items:
         yield item
         count += size(item)
         now = time.monotonic()
         if now - last >= LOG_EVERY_SECONDS or done + count == total:
-            last = now
-            left = (now - start) / count * (total - done - count)
+            # By the pace since the last line: a first item may compile for a minute, or load what all others use.
+            left = (now - last) / (count - shown) * (total - done - count)
+            last, shown = now, count
             filled = round(_BAR_WIDTH * (done + count) / total)
             bar = "#" * filled + "-" * (_BAR_WIDTH - filled)
             rate = f", {count / max(now - start, 1e-9):.1f} {unit}/s" if unit else ""

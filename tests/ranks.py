@@ -47,7 +47,7 @@ def rank(file: str, environment: dict[str, str], said: str, backend: str | None)
     if file_of_counts := environment.get("KOALA_TEST_COUNT_REDUCTIONS"):
         _count_reductions(trainer.Trainer, f"{file_of_counts}-{environment['RANK']}")
     if backend:  # inductor's kernels take minutes to compile
-        trainer.compile_layers = lambda unet: hooks.compile_layers(unet, backend=backend)
+        trainer.compile_modules = lambda *what: hooks.compile_modules(*what, backend=backend)
     train.main(Path(file))
 
 

@@ -18,6 +18,17 @@ def test_a_log_shows_a_bar_the_count_and_an_estimate(
     assert len(lines) == 5
 
 
+def test_a_slow_first_item_does_not_spoil_the_estimate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A minute for the first item, which compiles, and ten seconds for each of the rest."""
+    clock = iter([0, *range(60, 1000, 10)])
+    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
+    list(console.progress("abcd", "distill"))
+    lefts = [line.split(", ")[-1] for line in capsys.readouterr().err.splitlines()]
+    assert lefts == ["3:00 left", "0:20 left", "0:10 left", "0:00 left"]
+
+
 def test_an_item_counts_as_what_it_stands_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

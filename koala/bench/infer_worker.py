@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -10,7 +10,8 @@ from diffusers import StableDiffusionXLPipeline
 from koala.bench import runner
 from koala.bench.device import PeakMemory, describe, matmul_peak, synchronize
 from koala.bench.models import random_sdxl, random_tokens
-from koala.distill.hooks import compile_layers
+from koala.distill.config import Compiled
+from koala.distill.hooks import compile_modules
 from koala.distill.text import TextConditioner
 from koala.evaluate.latency import step_latency
 from koala.generate import device as default_device
@@ -34,7 +35,7 @@ def measure(
     models = random_sdxl(unet, device, kind)
     models.set_progress_bar_config(disable=True)
     if compile:
-        compile_layers(models.unet)
+        compile_modules(models.unet, get_args(Compiled))
     memory.restart()
     if limit_gib:
         _generate(models, size, 2)

@@ -15,7 +15,7 @@ from koala.params import load
 from koala.requirements import check
 
 OURS = "koala"
-_SWITCHES = ("compile", "channels_last", "gradient_checkpointing", "deterministic")  # what --ablate turns, one by one
+_SWITCHES = ("channels_last", "gradient_checkpointing", "deterministic")  # what --ablate turns, one by one
 
 
 def bench(
@@ -48,6 +48,9 @@ def bench(
     check(params.profile, params.requires, "bench")
     variants: dict[str, dict[str, Any]] = {runner.PLAIN: {}, OURS: {}}
     if ablate:
+        for classes in ((), ("BasicTransformerBlock",)):
+            if classes != config.machine.compile:
+                variants[f"{OURS}, compile {' '.join(classes) or 'nothing'}"] = {"compile": classes}
         for switch in _SWITCHES:
             value = not getattr(config.machine, switch)
             variants[f"{OURS}, {switch} {str(value).lower()}"] = {switch: value}

@@ -9,6 +9,7 @@ from koala.evaluate.config import SamplingConfig
 
 FeatureKind = Literal["self_attention", "cross_attention", "feed_forward", "residual", "last"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+Compiled = Literal["BasicTransformerBlock", "ResnetBlock2D"]
 
 
 class FeatureConfig(Config):
@@ -60,8 +61,9 @@ class DistillMachine(Config):
     """Images of one forward pass on one device at most; the largest divisor of a process's share of the batch is taken."""
     gradient_checkpointing: bool = False
     """Compute the student's blocks again in the backward pass instead of keeping their activations."""
-    compile: bool = False
-    """Compile the transformer layers of both U-Nets, one by one (torch.compile)."""
+    compile: tuple[Compiled, ...] = ()
+    """Classes of diffusers whose modules are compiled one by one in both U-Nets (torch.compile): transformer layers, residual
+    blocks. Each shape is compiled once: for a bucket of SDXL's, layers take half a minute, residual blocks twice as long."""
     channels_last: bool = False
     """Keep both U-Nets' convolutions in NHWC. Slower where it was measured (docs/benchmarks.md): torch's group norm writes NCHW.
     Not with FSDP2, which shards contiguous parameters only."""

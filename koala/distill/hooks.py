@@ -65,13 +65,15 @@ def _keep_input(module: nn.Module, inputs: Any) -> None:
     module._koala_input = inputs[0]
 
 
-def compile_layers(unet: UNet2DConditionModel, **options: Any) -> None:
-    """Compile the transformer layers of a U-Net one by one, in place, with their hooks. `options` are torch.compile's.
+def compile_modules(unet: UNet2DConditionModel, classes: Sequence[str], **options: Any) -> None:
+    """Compile the modules of these classes one by one, in place, with their hooks. `options` are torch.compile's.
 
-    A compiled layer serves every layer of its shape, so it must guard on hooks: otherwise a layer that was compiled
+    What is compiled serves every module of its shape, so it must guard on hooks: otherwise a layer that was compiled
     without one would be reused for a layer that has one, and its feature would be missing. Shapes are static: with
     automatic dynamic shapes, the second width or bucket would recompile every layer with symbolic sizes, which are slower.
     """
     torch._dynamo.config.skip_nnmodule_hook_guards = False
-    torch._dynamo.config.recompile_limit = 256  # layers with and without hooks, of each width, depth and bucket
-    unet.compile_repeated_blocks(fullgraph=True, dynamic=False, **options)
+    torch._dynamo.config.recompile_limit = 256  # modules with and without hooks, of each width and bucket
+    for module in unet.modules():
+        if type(module).__name__ in classes:
+            module.compile(fullgraph=True, dynamic=False, **options)

@@ -19,7 +19,7 @@ from torch import Tensor
 from koala.distill import checkpoint, sharding
 from koala.distill.config import DistillConfig
 from koala.distill.data import Batch
-from koala.distill.hooks import compile_layers
+from koala.distill.hooks import compile_modules
 from koala.distill.launch_settings import micro_batch
 from koala.distill.losses import total
 from koala.distill.optimizer import build_optimizer
@@ -43,9 +43,8 @@ class Trainer:
         """Micro-batches of this process in a step."""
         self._task = task.to(accelerator.device)
         self.student = task.student
-        if config.machine.compile:
-            compile_layers(task.student)
-            compile_layers(task.teacher)
+        for unet in (task.student, task.teacher):
+            compile_modules(unet, config.machine.compile)
         if sharding.requested():
             sharding.shard(task.student, accelerator)
             self._wrapped = task

@@ -23,9 +23,9 @@ def validate(
 ) -> None:
     """Write a grid of the teacher's and the student's images to `state`/validation/STEP.png.
 
-    Both U-Nets compute as the teacher does in training, in its dtype without autocast, so that what training compiled is
-    used again. The teacher's images never change: they are generated once and kept. The student and the VAE are on
-    `device` only while this runs.
+    Both U-Nets compute in the teacher's dtype without autocast, and eagerly: what training compiled is for other batches, and
+    would be compiled anew for a few images. The teacher's images never change: they are generated once and kept. The
+    student and the VAE are on `device` only while this runs.
     """
     folder = state / VALIDATION
     folder.mkdir(exist_ok=True)
@@ -34,7 +34,7 @@ def validate(
     kept = [folder / f"teacher-{key}-{index}.png" for index in range(len(prompts))]
     teacher.vae.to(device)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
             for prompt, file in zip(prompts, kept, strict=True):
                 if not file.is_file():
                     _save(_images(teacher, teacher.unet, [prompt], config)[0], file)

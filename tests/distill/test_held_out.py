@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from ranks import Training, losses, same, weights
 
 from koala.data.latents import LatentSet
 from koala.distill import data, held_out
+from koala.distill.config import Compiled
 from koala.distill.job import Job
 from koala.distill.train import StopSignal, build_task, load_teacher, train
 from koala.distill.trainer import Trainer
@@ -157,7 +159,9 @@ def test_processes_share_the_samples(make_job: MakeJob, sharded: bool) -> None:
 def test_compiled_layers_are_not_measured_with_shapes_of_their_own(make_job: MakeJob, monkeypatch) -> None:
     """The last micro-batch of a bucket is smaller: it must not be compiled for, and counts as it does without compiling."""
     job = make_job(held_out=9, batch_size=4)
-    compiled = job.config.model_copy(update={"machine": job.config.machine.model_copy(update={"compile": True})})
+    compiled = job.config.model_copy(
+        update={"machine": job.config.machine.model_copy(update={"compile": get_args(Compiled)})}
+    )
     values = []
     for config in (job.config, compiled):
         task = build_task(job, load_teacher(job, with_vae=False))
@@ -170,7 +174,7 @@ def test_compiled_layers_are_not_measured_with_shapes_of_their_own(make_job: Mak
         from koala.distill import hooks, trainer
 
         monkeypatch.setattr(
-            trainer, "compile_layers", lambda unet, count=count: hooks.compile_layers(unet, backend=count)
+            trainer, "compile_modules", lambda *what, count=count: hooks.compile_modules(*what, backend=count)
         )
         accelerator = Accelerator(cpu=True)
         samples = LatentSet(job.latents)

@@ -45,7 +45,7 @@ def test_a_machines_settings_train_together_and_resume_to_the_same_bits(
     how = {"sharded": launch.sharded, "bf16": launch.bf16}
     compiled = {**how, "backend": "eager"} if cut.config.machine.compile else how
     Training(cut, processes, **compiled).kill_after(3)
-    eager = whole.config.model_copy(update={"machine": whole.config.machine.model_copy(update={"compile": False})})
+    eager = whole.config.model_copy(update={"machine": whole.config.machine.model_copy(update={"compile": ()})})
     whole_run = Training(whole.model_copy(update={"config": eager}), processes, **how)
     Training(cut, processes, **compiled).wait()
     whole_run.wait()

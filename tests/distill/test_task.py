@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
 from koala.data.latents import LatentSet
 from koala.demo.images import Shapes
+from koala.distill.config import Compiled
 from koala.distill.data import Batch
 from koala.distill.data import load as load_batches
 from koala.distill.features import FeaturePair
-from koala.distill.hooks import compile_layers
+from koala.distill.hooks import compile_modules
 from koala.distill.launch_settings import micro_batch
 from koala.distill.task import DistillTask
 from koala.distill.text import TextConditioner
@@ -94,15 +96,21 @@ def test_every_feature_reaches_the_student(make: Make, checkpointing: bool) -> N
 
 
 @pytest.mark.parametrize(
-    "how", [{"gradient_checkpointing": True}, {"compile": True}, {"compile": True, "gradient_checkpointing": True}]
+    "how",
+    [
+        {"gradient_checkpointing": True},
+        {"compile": ["BasicTransformerBlock"]},
+        {"compile": get_args(Compiled)},
+        {"compile": get_args(Compiled), "gradient_checkpointing": True},
+    ],
 )
 def test_how_it_is_computed_leaves_the_gradient_as_it_is(make: Make, how: dict) -> None:
-    """Checkpointed and compiled, layer by layer, with hooks inside what is compiled."""
+    """Checkpointed and compiled, module by module, with hooks inside what is compiled."""
     plain = gradients(make())
     task, batch = make(machine=how)
     if "compile" in how:
         for unet in (task.student, task.teacher):
-            compile_layers(unet, backend="aot_eager")  # inductor's kernels would take a minute
+            compile_modules(unet, how["compile"], backend="aot_eager")  # inductor's kernels would take a minute
     for _ in range(2):  # the second step runs what the first compiled
         for name, gradient in gradients((task, batch)).items():
             torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-6)

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ranks import Training, weights
 from safetensors.torch import load_file
 
 from koala.data.latents import LatentSet
+from koala.distill.config import Compiled
 from koala.distill.data import load as load_batches
 from koala.distill.job import checkpoints
 from koala.distill.train import StopSignal, build_task, load_teacher, train
@@ -133,7 +135,7 @@ def test_all_that_is_compiled_has_static_shapes(make_job: Callable) -> None:
 
     job = make_job()
     task = build_task(job, load_teacher(job, with_vae=False))
-    hooks.compile_layers(task.student, backend=backend)
+    hooks.compile_modules(task.student, get_args(Compiled), backend=backend)
     counters.clear()
     torch._dynamo.reset()
     latents = LatentSet(job.latents)

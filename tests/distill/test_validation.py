@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from PIL import Image
 from ranks import same, weights
 
+from koala.distill.config import Compiled
+from koala.distill.hooks import compile_modules
 from koala.distill.memory import LiveBytes
 from koala.distill.train import StopSignal, load_teacher, train
 from koala.distill.validation import validate
@@ -30,6 +33,21 @@ def test_more_prompts_take_no_more_memory(make_job: Callable) -> None:
     assert peaks[1] < 1.2 * peaks[0]
     assert sizes[0][0] == sizes[1][0]
     assert sizes[0][1] < sizes[1][1]
+
+
+def test_what_training_compiled_is_not_compiled_anew_for_a_few_images(make_job: Callable) -> None:
+    sampling = SamplingConfig(steps=1, guidance=3.0, prompts=("a large red circle",))
+    job = make_job(sampling=sampling)
+    teacher = load_teacher(job, with_vae=True)
+    compiled: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Callable:
+        compiled.append(1)
+        return graph.forward
+
+    compile_modules(teacher.unet, get_args(Compiled), backend=count)
+    validate(1, teacher, teacher.unet, job.config, job.state, CPU)
+    assert not compiled
 
 
 def test_the_teachers_images_are_generated_once_and_the_student_each_time(
