@@ -58,7 +58,7 @@ class SourceConfig(Config, ABC):
         """
 
 
-class DownloadMachine(FetchConfig):
+class DownloadMachine(FetchConfig, SharedWork):
     """Settings of the download that change its speed and its patience. A change of them fetches nothing again."""
 
     processes: int = Field(default=1, gt=0)

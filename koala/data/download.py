@@ -42,6 +42,8 @@ STATUSES = ("success", "failed_to_download", "failed_to_resize")
 TOP_ERRORS = 20
 TOLD = "koala: "
 """What a line begins with that a worker leaves for us in img2dataset's log."""
+NO_CALLS_HOME = {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}
+"""Environment of img2dataset's processes: without update checks and telemetry."""
 POLL_SECONDS = 0.2
 SIDECAR_SECONDS = 30.0
 """Time in which a sidecar must accept connections."""
@@ -122,7 +124,7 @@ def fetch(
     command = [sys.executable, "-m", "koala.data.workers", json.dumps(_options(table, columns, config, shards, known))]
     with ExitStack() as stack:
         helper = stack.enter_context(sidecar(config, _first_url(table), logs) if config.sidecar else nullcontext())
-        process = stack.enter_context(guarded(command, log, _environment()))
+        process = stack.enter_context(guarded(command, log, NO_CALLS_HOME))
         rows_done = sum(stats["count"] for stats in finished.values())
         fetched = _watch(process, helper, shards, config, logs)
         for _ in progress(fetched, "download", total=rows, done=rows_done, unit="images", size=int):
@@ -176,7 +178,7 @@ def _options(
         "url_col": "url",
         "caption_col": "caption",
         "save_additional_columns": [column for column in columns if column not in ("url", "caption")] or None,
-        "output_folder": str(shards),
+        "output_folder": str(shards.resolve()),  # a cluster's workers have another current folder
         "output_format": "webdataset",
         "number_sample_per_shard": config.shard_size,
         "image_size": config.image_size,
@@ -194,17 +196,13 @@ def _options(
     }
     fetch = config.machine.model_dump(mode="json", include=set(FetchConfig.model_fields))
     return {
+        "engine": config.machine.engine,
         "fetch": fetch,
         "allow": config.allow,
         "decode": config.decode.model_dump(mode="json"),
         "earlier": [str(path.resolve()) for path in known] if known else None,
         "img2dataset": arguments,
     }
-
-
-def _environment() -> dict[str, str]:
-    """Return variables that disable update checks and telemetry."""
-    return {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}
 
 
 # The sidecar.

@@ -137,7 +137,7 @@ def _end_with_parent() -> None:
 
 
 def _on_ray(work: Work[T, R], items: Sequence[T], processes: int) -> Iterator[R]:
-    ray = _cluster()
+    ray = cluster()
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     # A part that fails is not tried again by Ray: the stage, run again, resumes it.
     part = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0, num_returns="streaming")(_part)
@@ -166,8 +166,8 @@ def _part(work: Work[T, R], items: Sequence[T], rank: int) -> Iterator[R]:
         yield result
 
 
-def _cluster() -> Any:
-    """Connect to the cluster."""
+def cluster() -> Any:
+    """Return the module `ray`, connected to the cluster. Raises KoalaError where either is missing."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
         import ray

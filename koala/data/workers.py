@@ -37,8 +37,9 @@ from koala.config import Config
 from koala.console import say
 from koala.data import earlier
 from koala.data.decode import DecodeConfig, UnusableError, normalised
-from koala.data.download import TOLD
+from koala.data.download import NO_CALLS_HOME, TOLD
 from koala.data.earlier_images import EarlierImages, Held
+from koala.data.executor import Engine, cluster
 from koala.data.fetch import FetchConfig, Fetcher
 from koala.data.shards import Sample, write_shard
 from koala.errors import DISK_FULL
@@ -50,6 +51,8 @@ Row = tuple[int, str]
 class Options(Config):
     """What the process is told."""
 
+    engine: Engine
+    """Where worker processes run."""
     fetch: FetchConfig
     """How an image is fetched."""
     allow: tuple[str, ...]
@@ -214,21 +217,54 @@ def _resize(config: DecodeConfig, resizer: Resizer, stream: io.BytesIO, boxes: A
     return found
 
 
-def distribute(processes: int, downloader: Downloader, reader: Iterable[Row], _: Any, retries: int) -> None:
-    """Give shards to worker processes, and none up because a worker was killed.
-
-    A pool of multiprocessing waits for ever for a worker that the system killed for its memory. Here it is noticed: the shards
-    that were in work are done again, each alone, so that the one that kills its worker costs no other anything.
-    """
-    failed = list(_run(processes, downloader, reader))
+def distribute(
+    engine: Engine, processes: int, downloader: Downloader, reader: Iterable[Row], _: Any, retries: int
+) -> None:
+    """Give shards to worker processes, and none up because a worker was killed."""
+    run = _run_on_ray if engine == "ray" else _run
+    failed = list(run(processes, downloader, reader))
     for _attempt in range(retries):
-        failed = list(_run(processes, downloader, failed))
+        failed = list(run(processes, downloader, failed))
     if failed:
         _tell(f"{len(failed)} shards failed {retries + 1} times")
 
 
+def _run_on_ray(processes: int, downloader: Downloader, rows: Iterable[Row]) -> Iterator[Row]:
+    """Make shards on a cluster, `processes` at a time; yield those that failed.
+
+    img2dataset's own distributor for Ray starts a task for every shard of the table at once, and ignores which of them failed.
+    """
+    ray = cluster()
+    make = ray.remote(num_cpus=1, max_retries=0, runtime_env={"env_vars": NO_CALLS_HOME})(_make)
+    shared, rows = ray.put(downloader), iter(rows)
+    running: dict[Any, Row] = {}
+    while True:
+        running |= {make.remote(shared, row): row for row in islice(rows, processes - len(running))}
+        if not running:
+            return
+        (done,), _ = ray.wait(list(running))
+        row = running.pop(done)
+        try:
+            succeeded = ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayError:
+            _tell(f"the worker of shard {row[0]} was lost on the cluster: it may lack memory")
+            succeeded = False
+        if not succeeded:
+            yield row
+
+
+def _make(downloader: Downloader, row: Row) -> bool:
+    return downloader(row)[0]
+
+
 def _run(processes: int, downloader: Downloader, rows: Iterable[Row]) -> Iterator[Row]:
-    """Make shards; yield those that failed."""
+    """Make shards in processes of this machine; yield those that failed.
+
+    A pool of multiprocessing waits for ever for a worker that the system killed for its memory. Here it is noticed: the shards
+    that were in work are done again, each alone, so that the one that kills its worker costs no other anything.
+    """
     rows, suspects = iter(rows), list[Row]()
     running: dict[Future[tuple[bool, Row]], Row] = {}
     whole = False
@@ -287,7 +323,10 @@ def main(options: Options) -> None:
     ):
         if not hasattr(module, name):
             raise RuntimeError(f"this img2dataset has no {module.__name__}.{name}, in whose place ours belongs")
-    vars(whole).update(Downloader=functools.partial(Downloader, options), multiprocessing_distributor=distribute)
+    vars(whole).update(
+        Downloader=functools.partial(Downloader, options),
+        multiprocessing_distributor=functools.partial(distribute, options.engine),
+    )
     try:
         img2dataset.download(**options.img2dataset)
     except OSError as error:
@@ -298,7 +337,7 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    os.environ |= NO_CALLS_HOME
     # Under its own name: what is pickled for the workers must not be `__main__`'s.
     ours = import_module("koala.data.workers")
     ours.main(ours.Options.model_validate(json.loads(sys.argv[1])))

@@ -27,6 +27,20 @@ def server() -> Iterator[ShapesServer]:
         thread.join()
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray cluster of this machine, where processes that are started find it too."""
+    import ray
+    import shares
+
+    environment = {"env_vars": {"PYTHONPATH": str(Path(shares.__file__).parent)}}
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+        yield
+    ray.shutdown()
+
+
 @pytest.fixture(scope="session")
 def stage_inputs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_clip: Path) -> Path:
     """What the stages of tests/stages.py read."""

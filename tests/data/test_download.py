@@ -304,6 +304,22 @@ def test_a_worker_that_is_killed_costs_its_shard_a_retry(
     wait(lambda: not mine(os.getcwd()), 10)  # a forked process ends a moment after its caller
 
 
+def test_a_cluster_makes_the_same_shards_and_a_lost_worker_costs_a_retry(
+    out: Path, deadly: SimpleNamespace, cluster: None, recorder: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = write_table([f"http://{deadly.place}/kill/{number}.png" for number in range(12)])
+    settings = config(shard_size=3, allow=(deadly.place,), threads=1)
+    stage.download(settings, table, out, recorder)
+    deadly.lives["7.png"] = 1
+    machine = settings.machine.model_copy(update={"engine": "ray", "processes": 3})
+    Path("ray").mkdir()
+    stage.download(settings.model_copy(update={"machine": machine}), table, Path("ray"), recorder)
+    assert "download: the worker of shard 2 was lost on the cluster: it may lack memory" in capsys.readouterr().err
+    assert len(list(read_shards(out))) == 12
+    for file in sorted(out.glob("0*")):
+        assert (Path("ray") / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 # A list that has changed.
 
 

@@ -6,13 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import ray
 import shares
 
 from koala.data import executor
@@ -23,16 +22,6 @@ from koala.errors import KoalaError
 def share(work: Callable[..., Any], items: Sequence[Any], processes: int, engine: Engine = "processes") -> list[Any]:
     with executor.share(work, items, processes, engine) as results:
         return list(results)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """A cluster of this machine."""
-    path = str(Path(shares.__file__).parent)
-    environment = {"env_vars": {"PYTHONPATH": path}}
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(params=["processes", "ray"])
