@@ -68,8 +68,17 @@ def sdxl(machine: str = "gpu-80gb", **changes: object) -> MemoryEstimate:
 
 def test_what_saves_memory_is_seen_to(workspace: Path) -> None:
     one = sdxl(micro_batch=1, gradient_checkpointing=True).activations
-    assert sdxl(micro_batch=1).activations > 2 * one
+    assert sdxl(micro_batch=1).activations > 1.8 * one
     assert 1.2 * one < sdxl(micro_batch=2, gradient_checkpointing=True).activations < 2 * one
+
+
+def test_what_is_compiled_keeps_less(workspace: Path) -> None:
+    """GiB of activations on an H200, at a micro-batch of 8 (docs/benchmarks.md): 24.7 with compiled layers, 20.6 with all."""
+    both = ("BasicTransformerBlock", "ResnetBlock2D")
+    eager, layers, every = (sdxl(micro_batch=8, compile=classes).activations / GIB for classes in ((), both[:1], both))
+    assert eager > 1.05 * layers
+    assert 24.7 < layers < 1.15 * 24.7
+    assert 20.6 < every < 1.15 * 20.6
 
 
 def test_the_machines_fit_their_cards(workspace: Path) -> None:
@@ -132,7 +141,7 @@ def test_advice_names_what_costs_least_first(workspace: Path) -> None:
     config = load(profile="sdxl", machine="gpu-80gb").distill(STUDENT)
     assert advice(config) == "set the machine's distill.gradient_checkpointing to true"
     config = config.model_copy(update={"machine": config.machine.model_copy(update={"gradient_checkpointing": True})})
-    assert advice(config) == "set the machine's distill.micro_batch to 4"
+    assert advice(config) == "set the machine's distill.micro_batch to 8"
     smallest = config.machine.model_copy(update={"micro_batch": 1, "ema_offload": True})
     config = config.model_copy(update={"optimizer": "adamw-8bit", "machine": smallest})
     assert "several GPUs" in advice(config)
