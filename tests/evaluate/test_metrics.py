@@ -16,7 +16,7 @@ from koala.demo.attributes import Attributes, attribute_accuracy
 from koala.demo.prompts import ShapesPrompts
 from koala.errors import KoalaError
 from koala.evaluate import extractors
-from koala.evaluate.extractors import Clip, clip, dino, forget, questions
+from koala.evaluate.extractors import Clip, Questions, clip, dino, forget, questions
 from koala.evaluate.metrics.b_vqa import BVqa
 from koala.evaluate.metrics.clip_score import ClipScore
 from koala.evaluate.metrics.cmmd import Cmmd, discrepancy
@@ -78,6 +78,7 @@ def test_agreement_is_each_images_psnr() -> None:
     prompts = seeded_prompts(ShapesPrompts(), 2, 0)
     assert Psnr().measure(other, prompts, gray) == {"agreement_db": expected}
     assert Psnr().measure(gray, prompts, None) == {}  # the teacher does not follow itself
+    assert agreement(gray, gray) == pytest.approx([78.13] * 2, abs=0.01)  # equal images: finite
 
 
 def test_clip_embeds_in_batches_as_it_does_one_by_one(tiny_clip) -> None:
@@ -377,6 +378,13 @@ def test_b_vqa_is_the_product_of_yes_over_the_chunks(tiny_blip, drawn) -> None:
     assert values == pytest.approx([one * other, other], abs=1e-5)
     with pytest.raises(ValueError, match="needs prompts with noun chunks"):
         metric.check(ShapesPrompts())
+    forget()
+
+
+def test_b_vqa_asks_about_eight_chunks_at_most(tiny_blip, drawn, monkeypatch) -> None:
+    monkeypatch.setattr(Questions, "yes", lambda self, images, asked: [[0.5] * len(each) for each in asked])
+    prompts = [Prompt("many", 0, chunks=tuple("abcdefghij")), Prompt("few", 1, chunks=("a", "b"))]
+    assert BVqa(model=tiny_blip, revision="main").measure(drawn[0][:2], prompts, None)["b_vqa"] == [0.5**8, 0.5**2]
     forget()
 
 

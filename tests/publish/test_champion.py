@@ -197,7 +197,9 @@ def test_a_person_overrules_the_gate_by_name_for_one_evaluation(
     assert recorder.tagged["approved_by"] == "Ada"
     assert config.targets[0].shelf(NAME).latest() == "v2"
 
-    # Other figures want another approval, and a student that passes wants none.
+    # Another student wants another approval, other figures do, and a student that passes wants none.
+    assert approvals.find(approved.approvals, NAME, refused)
+    assert approvals.find(approved.approvals, "koala-1b", refused) is None
     with pytest.raises(KoalaError, match="is not released"):
         publish(approved, distilled, evaluation(0.4), tmp_path / "again", NoRun())
     with pytest.raises(
