@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from koala.console import say
 from koala.errors import KoalaError
 from koala.evaluate.config import SamplingConfig
-from koala.generate import check_model, device
-from koala.sheet import Request, draw, open_model
+from koala.generate import device
+from koala.sheet import Request, check, draw, open_model
 from koala.teacher.config import LoraPart
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ def serve(
     Raises:
         KoalaError: gradio is not installed, a model or a LoRA cannot be loaded, or the port is in use.
     """
-    for model in models:
-        check_model(model)
+    check(models, loras, base, dtype)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio  # noqa: F401

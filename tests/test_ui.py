@@ -16,6 +16,7 @@ from koala import generate, ui
 from koala.errors import KoalaError
 from koala.evaluate.config import SamplingConfig
 from koala.sheet import open_model
+from koala.teacher.config import LoraPart
 
 SAMPLING = SamplingConfig(steps=2, guidance=2.0, prompts=("a large red circle",))
 
@@ -55,6 +56,8 @@ def test_the_page_asks_no_other_host_for_fonts(address: str) -> None:
 def test_what_cannot_be_served_is_one_line(tiny_teacher: Path) -> None:
     with pytest.raises(KoalaError, match="there is no model at nowhere"):
         ui.serve(["nowhere"], SAMPLING, free_port())
+    with pytest.raises(KoalaError, match=r"there is no LoRA at nowhere\.safetensors"):
+        ui.serve([str(tiny_teacher)], SAMPLING, free_port(), [LoraPart(file=Path("nowhere.safetensors"))])
     with socket.socket() as taken:
         taken.bind((ui.HOST, 0))
         taken.listen()

@@ -70,21 +70,19 @@ def test_a_column_names_the_model_and_the_count(make_config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "line"),
+    ("kind", "options", "asked"),
     [
-        (
-            ClipScore,
-            {"model": "owner/clip"},
-            r"owner/clip needs a 'revision', .*git ls-remote https://\S+/owner/clip HEAD",
-        ),
-        (ClipScore, {"model": "owner/clip", "revision": "main"}, "should match pattern"),
-        (HpsV21, {"model": "/hps", "base": "owner/clip", "base_revision": None}, "owner/clip needs a 'revision'"),
+        (ClipScore, {"model": "owner/clip"}, "HEAD"),
+        (ClipScore, {"model": "owner/clip", "revision": "refs/pr/7"}, "refs/pr/7"),
+        (HpsV21, {"model": "/hps", "base": "owner/clip", "base_revision": "main"}, "main"),
     ],
 )
-def test_a_model_of_the_hub_is_pinned(kind, options, line, tmp_path, monkeypatch) -> None:
+def test_a_model_of_the_hub_is_pinned(kind, options, asked, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    line = (
+        rf"owner/clip is no folder here, and its revision .* must be a commit.*`git ls-remote \S+/owner/clip {asked}`"
+    )
     with pytest.raises(ValidationError, match=line):
         kind(**options)
     (tmp_path / "owner" / "clip").mkdir(parents=True)  # a folder of that name needs none
-    if "revision" not in options:
-        kind(**options)
+    kind(**options)

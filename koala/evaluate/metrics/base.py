@@ -12,7 +12,6 @@ from pydantic import model_validator
 from koala import pretrained
 from koala.config import Config
 from koala.evaluate.prompts import Prompt, PromptSet
-from koala.teacher.config import Revision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,15 +23,17 @@ SETTING = "evaluate.metrics"
 """The parameter that names the models, for errors."""
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def check_pinned(model: str, revision: str | None) -> None:
     """Raise ValueError for a model of the Hub without a commit: a branch moves, and scores with it."""
-    if revision is None and _HUB_NAME.fullmatch(model) and not Path(model).is_dir():
-        raise ValueError(
-            f"{model} needs a 'revision', its commit on the Hub (`git ls-remote https://huggingface.co/{model} HEAD`); "
-            "a folder of that name is not here"
-        )
+    if not _HUB_NAME.fullmatch(model) or _COMMIT.fullmatch(revision or "") or Path(model).is_dir():
+        return
+    raise ValueError(
+        f"{model} is no folder here, and its revision on the Hub must be a commit, 40 hexadecimal digits, not {revision}: see "
+        f"`git ls-remote https://huggingface.co/{model} {revision or 'HEAD'}`"
+    )
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class ModelMetric(Metric):
     model: str
     """The model: a Hub repository, or a folder."""
 
-    revision: Revision | None = None
+    revision: str | None = None
     """The Hub commit of the model, 40 hexadecimal digits, pinned so that scores stay comparable. A folder has none."""
 
     @model_validator(mode="after")

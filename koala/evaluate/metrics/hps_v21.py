@@ -9,7 +9,6 @@ from koala import pretrained
 from koala.evaluate.extractors import open_clip
 from koala.evaluate.metrics.base import SETTING, Column, ModelMetric, check_pinned
 from koala.evaluate.prompts import Prompt
-from koala.teacher.config import Revision
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,7 +30,7 @@ class HpsV21(ModelMetric):
     """The model that it was trained from: a Hub repository, or a folder. Its configuration, tokenizer and image processor are
     taken, which the weights of HPS come without."""
 
-    base_revision: Revision | None = "1c2b8495b28150b8a4922ee1c8edee224c284c0c"
+    base_revision: str | None = "1c2b8495b28150b8a4922ee1c8edee224c284c0c"
     """The Hub commit of `base`. A folder has none."""
 
     @model_validator(mode="after")
