@@ -42,9 +42,10 @@ def test_each_model_generates_what_the_command_does(address: str, tiny_teacher: 
     assert weights.endswith(" GB of weights")
 
 
-def test_an_empty_prompt_is_one_line(address: str) -> None:
+def test_an_empty_prompt_is_one_line(address: str, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(AppError, match="write a prompt first"):
         Client(address, verbose=False).predict(" ", "", 0, 2, 2.0, api_name="/generate")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_the_page_asks_no_other_host_for_fonts(address: str) -> None:

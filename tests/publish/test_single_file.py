@@ -187,6 +187,40 @@ def test_at_sdxls_width_names_and_shapes_are_those_that_diffusers_reads_back(stu
     }
 
 
+@pytest.mark.parametrize(
+    ("student", "expected"),
+    {  # ComfyUI's own tables: residual blocks of the down stages, layers on the way down, up (from the image on) and in the middle
+        "koala-700m": ([1, 1, 1], [0, 2, 5], [0, 0, 2, 2, 5, 5], 0),
+        "koala-1b": ([1, 1, 1], [0, 2, 6], [0, 0, 2, 2, 6, 6], 6),
+        "sdxl": ([2, 2, 2], [0, 0, 2, 2, 10, 10], [0, 0, 0, 2, 2, 2, 10, 10, 10], 10),
+        "ssd-1b": ([2, 2, 2], [0, 0, 2, 2, 4, 4], [0, 0, 0, 1, 1, 2, 10, 4, 4], 0),
+        "vega": ([2, 2, 2], [0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 1, 1, 2, 2, 2], 0),
+    }.items(),
+)
+def test_a_front_end_counts_from_the_names_what_its_tables_hold(student: str, expected: tuple[Any, ...]) -> None:
+    from koala.teacher.original import places
+
+    unet = empty_unet(of_sdxl(student))
+    place = places("unet", unet.config)
+    found = [place(name) for name in unet.state_dict()]
+    names = {origin.name.removeprefix("model.diffusion_model.") for origin in found if origin}
+
+    def layers(block: str) -> int:
+        own = [name for name in names if name.startswith(f"{block}.1.transformer_blocks.")]
+        return len({name.removeprefix(block).split(".")[3] for name in own})
+
+    stages, down, up = [0], [], []
+    for number in range(1, 20):  # more blocks than there are
+        if f"input_blocks.{number}.0.op.weight" in names:
+            stages.append(0)
+        elif f"input_blocks.{number}.0.in_layers.0.weight" in names:
+            stages[-1] += 1
+            down.append(layers(f"input_blocks.{number}"))
+        if f"output_blocks.{number - 1}.0.in_layers.0.weight" in names:
+            up.insert(0, layers(f"output_blocks.{number - 1}"))
+    assert (stages, down, up, layers("middle_block")) == expected
+
+
 def test_names_of_koala_700m_at_sdxls_width() -> None:
     """The blocks by hand: one pair a stage on the way down, two on the way up, no mid block."""
     names = unet_blocks(of_sdxl("koala-700m"))
