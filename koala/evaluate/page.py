@@ -28,7 +28,7 @@ _COSTS = {  # words, unit and digits
 }
 _STYLE = """
 .images th, .images td { text-align: left; vertical-align: top; }
-.images img { width: 160px; } .images .prompt { width: 20rem; white-space: normal; }
+.images img { width: 160px; max-width: none; } .images .prompt { width: 20rem; white-space: normal; }
 """
 
 

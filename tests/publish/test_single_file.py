@@ -294,6 +294,20 @@ def test_koala_generate_reads_the_file_offline_bit_for_bit(
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(images(of_file), images(of_folder), strict=True))
 
 
+@pytest.mark.parametrize("student", ["koala-700m", "koala-1b"])
+def test_diffusers_reads_the_file_with_the_folder_as_its_configuration(
+    student: str, student_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, file = student_folder(student), tmp_path / "file.safetensors"
+    write_checkpoint(folder, file, **ABOUT, dtype=None)
+    of_file = StableDiffusionXLPipeline.from_single_file(file, config=str(folder), local_files_only=True)
+    of_folder = StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    for part in PARTS:
+        expected, found = plain(getattr(of_folder, part).state_dict()), plain(getattr(of_file, part).state_dict())
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_unets_file_generates_with_the_other_parts_of_a_base(
     student_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
