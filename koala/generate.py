@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Seeded = tuple[str, int]
 """A prompt and the seed of its image."""
 
+_DTYPES = ("float32", "float16", "bfloat16")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _EXPECTED = "give a model folder, a .safetensors file, or owner/name of a Hub repository"
 
@@ -41,6 +42,12 @@ def free_memory() -> None:
 def default_dtype() -> str:
     """Return the type to generate in: float16 on a CUDA GPU, float32 on a CPU."""
     return "float16" if device().type == "cuda" else "float32"
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raise KoalaError for what is no type of weights, without importing torch."""
+    if dtype not in (None, *_DTYPES):
+        raise KoalaError(f"--dtype {dtype}: choose one of {', '.join(_DTYPES)}")
 
 
 def check_model(model: str | Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from koala.console import progress, say
 from koala.errors import KoalaError
 from koala.evaluate.config import SamplingConfig
-from koala.generate import check_model, generate, load
+from koala.generate import check_dtype, check_model, generate, load
 from koala.teacher.config import LoraPart
 
 if TYPE_CHECKING:
@@ -58,11 +58,7 @@ def generate_sheet(
     Raises:
         KoalaError: A model or a LoRA cannot be loaded. All are looked for before the first is loaded.
     """
-    for model in (*models, *([base] if base else [])):
-        check_model(model)
-    for lora in loras:
-        if not lora.file.is_file():
-            raise KoalaError(f"there is no LoRA at {lora.file}: give a .safetensors file")
+    check(models, loras, base, dtype)
     from koala.plots import grid, tiles
 
     images = {}
@@ -78,6 +74,16 @@ def generate_sheet(
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(out)
     say(f"{request.count} image{'s' * (request.count > 1)} of each model in {out}")
+
+
+def check(models: Sequence[str], loras: Sequence[LoraPart], base: str | None, dtype: str | None) -> None:
+    """Raise KoalaError for what cannot be loaded, as far as torch is not needed for it. Arguments as of `generate_sheet`."""
+    check_dtype(dtype)
+    for model in (*models, *([base] if base else [])):
+        check_model(model)
+    for lora in loras:
+        if not lora.file.is_file():
+            raise KoalaError(f"there is no LoRA at {lora.file}: give a .safetensors file")
 
 
 def open_model(

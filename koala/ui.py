@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from koala.console import say
 from koala.errors import KoalaError
 from koala.evaluate.config import SamplingConfig
-from koala.generate import check_model, device
-from koala.sheet import Request, draw, open_model
+from koala.generate import device
+from koala.sheet import Request, check, draw, open_model
 from koala.teacher.config import LoraPart
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ def serve(
     Raises:
         KoalaError: gradio is not installed, a model or a LoRA cannot be loaded, or the port is in use.
     """
-    for model in models:
-        check_model(model)
+    check(models, loras, base, dtype)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio  # noqa: F401
@@ -63,7 +62,7 @@ def build(models: "Mapping[str, StableDiffusionXLPipeline]", sampling: SamplingC
         try:
             yield from _images(models, _request(*values))
         except KoalaError as error:
-            raise gradio.Error(str(error)) from None
+            raise gradio.Error(str(error), print_exception=False) from None
 
     with gradio.Blocks(title="koala") as page:
         prompt = gradio.Textbox(label="Prompt", value=next(iter(sampling.prompts), ""), autofocus=True)
@@ -79,10 +78,10 @@ def build(models: "Mapping[str, StableDiffusionXLPipeline]", sampling: SamplingC
                 with gradio.Column():
                     name = "/".join(Path(model).parts[-2:])
                     buttons: Any = ["download", "fullscreen"]
-                    outputs.append(
-                        gradio.Image(label=name, format="png", interactive=False, height=_HEIGHT, buttons=buttons)
-                    )
-                    outputs.append(gradio.Textbox(show_label=False, interactive=False, container=False))
+                    # Above the image, where it is seen without scrolling.
+                    took = gradio.Textbox(show_label=False, interactive=False, container=False)
+                    image = gradio.Image(label=name, format="png", interactive=False, height=_HEIGHT, buttons=buttons)
+                    outputs += [image, took]
         inputs = [prompt, negative, seed, steps, guidance]
         gradio.on([button.click, prompt.submit], generate, inputs, outputs, api_name="generate")
     return page

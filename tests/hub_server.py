@@ -249,7 +249,11 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"newStatus": event | {"data": {"status": "closed"}}})
 
     def tag(self, _: str, revision: str) -> None:
-        self.server.tags[json.loads(self.body())["tag"]] = self.server.refs.get(revision, revision)
+        name = json.loads(self.body())["tag"]
+        if name in self.server.tags:
+            self.reply({"error": "Tag already exists"}, 409)
+            return
+        self.server.tags[name] = self.server.refs.get(revision, revision)
         self.reply({})
 
 

@@ -30,6 +30,18 @@ def test_one_model_and_several(tiny_teacher: Path, tmp_path: Path) -> None:
     assert Image.open(two).width == 190 + 2 * 102 + 6
 
 
+def test_each_image_of_a_sheet_has_the_next_seed(tiny_teacher: Path, tmp_path: Path) -> None:
+    def sheet_of(request: Request) -> list[Image.Image]:
+        generate_sheet([str(tiny_teacher)], request, tmp_path / "x.png", dtype="float32")
+        sheet = Image.open(tmp_path / "x.png").convert("RGB")
+        return [sheet.crop((x, 0, x + 102, sheet.height)) for x in range(0, sheet.width - 6, 102)]
+
+    one, two = sheet_of(request(2))
+    (alone,) = sheet_of(Request("a large red circle", 2, 1, SAMPLING))
+    assert one != two
+    assert two == alone
+
+
 def test_a_missing_model_is_said_before_torch_is_imported(tmp_path: Path) -> None:
     code = """
 import sys
@@ -54,6 +66,7 @@ except KoalaError as error:
         ({"models": ["/nowhere/at/all"]}, "there is no folder /nowhere/at/all"),
         ({"base": "/nowhere/at/all"}, "there is no folder /nowhere/at/all"),
         ({"loras": [LoraPart(file=Path("nowhere.safetensors"))]}, "there is no LoRA at nowhere.safetensors"),
+        ({"dtype": "half"}, "--dtype half: choose one of float32, float16, bfloat16"),
     ],
 )
 def test_all_is_looked_for_before_a_model_is_loaded(

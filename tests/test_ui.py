@@ -16,6 +16,7 @@ from koala import generate, ui
 from koala.errors import KoalaError
 from koala.evaluate.config import SamplingConfig
 from koala.sheet import open_model
+from koala.teacher.config import LoraPart
 
 SAMPLING = SamplingConfig(steps=2, guidance=2.0, prompts=("a large red circle",))
 
@@ -41,9 +42,10 @@ def test_each_model_generates_what_the_command_does(address: str, tiny_teacher: 
     assert weights.endswith(" GB of weights")
 
 
-def test_an_empty_prompt_is_one_line(address: str) -> None:
+def test_an_empty_prompt_is_one_line(address: str, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(AppError, match="write a prompt first"):
         Client(address, verbose=False).predict(" ", "", 0, 2, 2.0, api_name="/generate")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_the_page_asks_no_other_host_for_fonts(address: str) -> None:
@@ -55,6 +57,8 @@ def test_the_page_asks_no_other_host_for_fonts(address: str) -> None:
 def test_what_cannot_be_served_is_one_line(tiny_teacher: Path) -> None:
     with pytest.raises(KoalaError, match="there is no model at nowhere"):
         ui.serve(["nowhere"], SAMPLING, free_port())
+    with pytest.raises(KoalaError, match=r"there is no LoRA at nowhere\.safetensors"):
+        ui.serve([str(tiny_teacher)], SAMPLING, free_port(), [LoraPart(file=Path("nowhere.safetensors"))])
     with socket.socket() as taken:
         taken.bind((ui.HOST, 0))
         taken.listen()

@@ -11,13 +11,13 @@ from typing import Any
 from koala.bench import report, runner
 from koala.console import progress
 from koala.errors import KoalaError
+from koala.generate import check_dtype
 from koala.params import load
 from koala.unet.blocks import keep
 from koala.unet.reference import RULES, SDXL, VAE_FACTOR
 
 MODELS = ("sdxl", "ssd-1b", "vega", "koala-1b", "koala-700m")
 CARDS_GIB = (8, 11, 24)
-_DTYPES = ("float32", "float16", "bfloat16")
 _SMALLEST = 32  # px: what the VAE and the U-Net's levels divide
 
 
@@ -43,8 +43,7 @@ def bench(
             raise KoalaError(f"no U-Net {name!r} to measure: choose from {', '.join(rules)}")
     if size is not None and (size < _SMALLEST or size % _SMALLEST):
         raise KoalaError(f"--size {size}: must be a multiple of {_SMALLEST} pixels")
-    if dtype not in (None, *_DTYPES):
-        raise KoalaError(f"--dtype {dtype}: choose one of {', '.join(_DTYPES)}")
+    check_dtype(dtype)
 
     import torch
 

@@ -55,8 +55,10 @@ def evaluate(
 
     Raises:
         KoalaError: `reference` was made of other prompts, seeds or settings, or the U-Nets of `student` and `distilled`
-            differ in shape, or a metric gives no number for an image.
+            differ in shape, a metric's model is not there, or a metric gives no number for an image.
     """
+    for metric in config.metrics:
+        metric.find()
     prompts = seeded_prompts(config.prompts, config.count, config.seed)
     images: dict[str, Sequence[Image]] = {"teacher": read_images(reference, prompts, config)}
     if _unet_config(student) != _unet_config(distilled):

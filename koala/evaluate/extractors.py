@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from koala import pretrained
 from koala.console import hide_loading_bars
+from koala.evaluate.metrics.base import SETTING
 from koala.evaluate.open_clip import from_open_clip
 from koala.generate import device, free_memory
 
@@ -20,17 +21,16 @@ if TYPE_CHECKING:
 _BATCH = 32  # images or prompts at once
 _QUESTIONED = 8  # images at once, each with up to 8 questions
 _WEIGHTS = "model.safetensors"
-_SETTING = "evaluate.metrics"
 
-_held: dict[tuple[str, ...], Any] = {}
+_held: dict[tuple[str | None, ...], Any] = {}
 
 
-def clip(model: str, revision: str) -> "Clip":
+def clip(model: str, revision: str | None) -> "Clip":
     """Return a CLIP model.
 
     Args:
         model: A Hub repository, or a folder.
-        revision: The Hub commit.
+        revision: The Hub commit; None of a folder.
 
     Raises:
         KoalaError: It cannot be had, holds no safetensors, or is another model.
@@ -38,12 +38,12 @@ def clip(model: str, revision: str) -> "Clip":
     return _hold(("clip", model, revision), lambda: Clip(*_load("CLIPModel", model, revision)))
 
 
-def open_clip(model: str, revision: str, base: str, base_revision: str) -> "Clip":
+def open_clip(model: str, revision: str | None, base: str, base_revision: str | None) -> "Clip":
     """Return a CLIP model whose weights are in open_clip's layout. Raises KoalaError as `clip` does.
 
     Args:
         model: A Hub repository, or a folder, with model.safetensors.
-        revision: The Hub commit.
+        revision: The Hub commit; None of a folder.
         base: The model that it was trained from, a Hub repository or a folder: its configuration, tokenizer and image
             processor are taken.
         base_revision: The Hub commit of `base`.
@@ -54,12 +54,12 @@ def open_clip(model: str, revision: str, base: str, base_revision: str) -> "Clip
     )
 
 
-def dino(model: str, revision: str) -> "Dino":
+def dino(model: str, revision: str | None) -> "Dino":
     """Return a DINOv2 model. Arguments and errors as of `clip`."""
     return _hold(("dino", model, revision), lambda: Dino(*_load("Dinov2Model", model, revision)))
 
 
-def questions(model: str, revision: str) -> "Questions":
+def questions(model: str, revision: str | None) -> "Questions":
     """Return a BLIP model that answers questions. Arguments and errors as of `clip`."""
     return _hold(("questions", model, revision), lambda: Questions(*_load("BlipForQuestionAnswering", model, revision)))
 
@@ -197,7 +197,7 @@ class _Remembered:
 _Held = TypeVar("_Held")
 
 
-def _hold(key: tuple[str, ...], load: Callable[[], _Held]) -> _Held:
+def _hold(key: tuple[str | None, ...], load: Callable[[], _Held]) -> _Held:
     """Return what was loaded under `key`, or free what is held and load it."""
     if key not in _held:
         forget()
@@ -206,23 +206,23 @@ def _hold(key: tuple[str, ...], load: Callable[[], _Held]) -> _Held:
     return held
 
 
-def _load(architecture: str, model: str, revision: str) -> tuple[Any, Any]:
+def _load(architecture: str, model: str, revision: str | None) -> tuple[Any, Any]:
     """Return a model of transformers on `device()`, and its processor. architecture: the name of its class."""
-    loaded, processor = pretrained.load(architecture, model, revision, _SETTING)
+    loaded, processor = pretrained.load(architecture, model, revision, SETTING)
     return loaded.to(device()), processor
 
 
-def _load_open_clip(model: str, revision: str, base: str, base_revision: str) -> tuple[Any, Any]:
+def _load_open_clip(model: str, revision: str | None, base: str, base_revision: str | None) -> tuple[Any, Any]:
     import torch
     from huggingface_hub import hf_hub_download
     from safetensors.torch import load_file
     from transformers import AutoProcessor, CLIPConfig, CLIPModel
 
     hide_loading_bars()
-    with pretrained.errors("CLIPModel", base, base_revision, _SETTING):
+    with pretrained.errors("CLIPModel", base, base_revision, SETTING):
         config = CLIPConfig.from_pretrained(base, revision=base_revision)
         processor = AutoProcessor.from_pretrained(base, revision=base_revision)
-    with pretrained.errors("CLIPModel", model, revision, _SETTING):
+    with pretrained.errors("CLIPModel", model, revision, SETTING):
         folder = Path(model)
         file = folder / _WEIGHTS if folder.is_dir() else hf_hub_download(model, _WEIGHTS, revision=revision)
         with torch.device("meta"):

@@ -20,7 +20,7 @@ _EXTREMES = 5  # prompts at either end
 _COSTED = ("teacher", "after")
 _COSTS = {  # words, unit and digits
     "unet_parameters": ("U-Net parameters", 1, 0),
-    "unet_flops": ("GFLOPs of a step of one image", 1e9, 1),
+    "unet_flops": ("GFLOPs of a step of one image", 1e9, 2),
     "step_ms": ("ms of a step", 1, 1),
     "image_ms": ("ms of an image, with text encoders and VAE", 1, 0),
     "peak_bytes": ("GiB of memory at most", 2**30, 2),
@@ -28,7 +28,7 @@ _COSTS = {  # words, unit and digits
 }
 _STYLE = """
 .images th, .images td { text-align: left; vertical-align: top; }
-.images img { width: 160px; } .images .prompt { width: 20rem; white-space: normal; }
+.images img { width: 160px; max-width: none; } .images .prompt { width: 20rem; white-space: normal; }
 """
 
 

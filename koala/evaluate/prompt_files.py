@@ -21,6 +21,7 @@ from pydantic import Field
 
 from koala.errors import DISK_FULL, KoalaError
 from koala.evaluate.prompts import PromptSet, Written
+from koala.teacher.config import Revision
 
 
 class FilePrompts(PromptSet):
@@ -54,8 +55,8 @@ class HubPrompts(PromptSet):
     repository: str
     """The data set, as `owner/name`."""
 
-    revision: str
-    """The commit."""
+    revision: Revision
+    """The commit, 40 hexadecimal digits."""
 
     files: tuple[str, ...] = Field(min_length=1)
     """Its files that hold prompts; of several, each is a category."""

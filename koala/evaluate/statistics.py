@@ -181,11 +181,16 @@ class Resamples:
 
 
 def ratio(one: "np.ndarray | float", other: "np.ndarray | float") -> "np.ndarray":
-    """Return one / other; 0 where the other is 0, of which there is no share."""
+    """Return one / other; 0 where all of the other is 0, of which there is no share.
+
+    A draw in which the other is 0 takes its least positive draw: the share is no smaller, and a model that is hardly ever right
+    can be beaten.
+    """
     import numpy as np
 
     one, other = np.broadcast_arrays(np.asarray(one, dtype=float), np.asarray(other, dtype=float))
-    share: np.ndarray = np.divide(one, other, out=np.zeros(other.shape), where=other != 0)
+    least = np.where(other > 0, other, np.inf).min()
+    share: np.ndarray = one / np.where(other == 0, least, other)
     return share
 
 

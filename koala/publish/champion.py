@@ -44,8 +44,9 @@ class Champion:
         except KoalaError as error:
             return Comparison({}, str(error))
         now = json.loads((evaluation / "metrics.json").read_text())["pinned"]
-        if ours.prompts != theirs.prompts or _comparable(then) != _comparable(now):
-            return Comparison({}, f"{self.place} was evaluated with {_difference(then, now)}")
+        different = _difference(then, now)
+        if ours.prompts != theirs.prompts or different:
+            return Comparison({}, f"{self.place} was evaluated with {different or 'other prompts'}")
         prompts, one, other = [prompt.text for prompt in ours.prompts], ours.scores[STUDENT], theirs.scores[STUDENT]
         return Comparison({name: share(prompts, one[name], other[name]) for name in one if name in other})
 
@@ -108,12 +109,15 @@ def verdicts_on(evaluation: Path, config: PublishConfig, standing: Champion | No
     return judge(metrics, config.require, standing.compare(evaluation) if standing else None)
 
 
-def _comparable(pinned: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in pinned.items() if name not in _HOW}
-
-
 def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return what was pinned otherwise: `steps 20 (now 25)`."""
-    before, after = _comparable(then), _comparable(now)
+    """Return what was pinned otherwise, `steps 20 (now 25)`; empty for nothing. A metric that one of them lacks is no matter."""
+    kinds = sorted(then.get("metrics", {}).keys() & now.get("metrics", {}).keys())
+    before, after = _comparable(then, kinds), _comparable(now, kinds)
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    return ", ".join(f"{name} {before.get(name)} (now {after.get(name)})" for name in names) or "other prompts"
+    return ", ".join(f"{name} {before.get(name)} (now {after.get(name)})" for name in names)
+
+
+def _comparable(pinned: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """Return what must be equal: how images were generated, and the options of the metrics `kinds`."""
+    images = {name: value for name, value in pinned.items() if name not in ("metrics", *_HOW)}
+    return images | {kind: pinned["metrics"][kind] for kind in kinds}

@@ -123,8 +123,9 @@ def judge(
         figures[name], bounds[name] = share.value, share.bounds
     verdicts = []
     for rule in rules:
-        if rule.of == "champion" and (champion is None or champion.hindrance):
-            verdicts.append(Verdict(rule, None, None, champion.hindrance if champion else ""))
+        if rule.of == "champion" and (champion is None or rule.metric not in champion.shares):
+            hindrance = champion.hindrance or "the champion was not measured by it" if champion else ""
+            verdicts.append(Verdict(rule, None, None, hindrance))
         else:
             verdicts.append(_judge(rule, figures, bounds))
     return verdicts

@@ -11,6 +11,7 @@ from koala.evaluate.config import EvaluateMachine, SamplingConfig
 from koala.evaluate.metrics.clip_score import ClipScore
 from koala.evaluate.metrics.cmmd import Cmmd
 from koala.evaluate.metrics.fd_dinov2 import FdDinov2
+from koala.evaluate.metrics.hps_v21 import HpsV21
 from koala.evaluate.metrics.psnr import Psnr
 from koala.evaluate.prompt_files import FilePrompts
 
@@ -52,17 +53,36 @@ def test_resume_key_holds_what_decides_the_images(make_config) -> None:
 
 
 def test_no_rule_can_name_a_figure_without_an_interval(make_config) -> None:
-    cmmd, fd = Cmmd(model="m", revision="r"), FdDinov2(model="m", revision="r")
+    cmmd, fd = Cmmd(model="m"), FdDinov2(model="m")
     config = make_config(metrics=(cmmd, fd, Psnr()))
     assert config.scores() == ("cmmd", "agreement_db")
     assert "fd_dinov2" in config.columns()
 
 
 def test_a_column_names_the_model_and_the_count(make_config) -> None:
-    metrics = (ClipScore(model="openai/clip-vit", revision="r"), FdDinov2(model="../models/dino", revision="r"), Psnr())
+    metrics = (ClipScore(model="openai/clip-vit", revision="a" * 40), FdDinov2(model="../models/dino"), Psnr())
     labels = {name: column.label for name, column in make_config(metrics=metrics, count=7).columns().items()}
     assert labels == {
         "clip_score": "CLIP score (clip-vit)",
         "fd_dinov2": "FD to teacher (dino, 7 images)",
         "agreement_db": "PSNR to teacher",
     }
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "asked"),
+    [
+        (ClipScore, {"model": "owner/clip"}, "HEAD"),
+        (ClipScore, {"model": "owner/clip", "revision": "refs/pr/7"}, "refs/pr/7"),
+        (HpsV21, {"model": "/hps", "base": "owner/clip", "base_revision": "main"}, "main"),
+    ],
+)
+def test_a_model_of_the_hub_is_pinned(kind, options, asked, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = (
+        rf"owner/clip is no folder here, and its revision .* must be a commit.*`git ls-remote \S+/owner/clip {asked}`"
+    )
+    with pytest.raises(ValidationError, match=line):
+        kind(**options)
+    (tmp_path / "owner" / "clip").mkdir(parents=True)  # a folder of that name needs none
+    kind(**options)

@@ -19,6 +19,7 @@ from koala.evaluate import evaluate as module
 from koala.evaluate.evaluate import evaluate
 from koala.evaluate.images import image_file
 from koala.evaluate.metrics.base import Column, Metric, SetFigure
+from koala.evaluate.metrics.clip_score import ClipScore
 from koala.evaluate.metrics.psnr import Psnr
 from koala.evaluate.prompts import seeded_prompts
 from koala.publish.gate import Requirement, judge
@@ -235,6 +236,13 @@ def test_a_reference_of_other_prompts_is_refused_before_any_work(judged, make_co
         KoalaError, match=r"other prompts or seeds than evaluate\.prompts asks for: run `koala reference`"
     ):
         evaluate(make_config(seed=8), **judged, out=tmp_path / "evaluation", run=NoRun())
+
+
+def test_a_model_that_is_not_there_is_said_before_any_work(judged, make_config, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(generate, "load", lambda *_: pytest.fail("a model was loaded"))
+    config = make_config(metrics=(Psnr(), ClipScore(model=str(tmp_path / "nowhere"))))
+    with pytest.raises(KoalaError, match=r"there is no folder .*nowhere \(evaluate.metrics\)"):
+        evaluate(config, **judged, out=tmp_path / "evaluation", run=NoRun())
 
 
 def test_a_student_of_another_shape_is_refused(judged, make_config, tmp_path) -> None:

@@ -16,7 +16,7 @@ from koala.demo.attributes import Attributes, attribute_accuracy
 from koala.demo.prompts import ShapesPrompts
 from koala.errors import KoalaError
 from koala.evaluate import extractors
-from koala.evaluate.extractors import Clip, clip, dino, forget, questions
+from koala.evaluate.extractors import Clip, Questions, clip, dino, forget, questions
 from koala.evaluate.metrics.b_vqa import BVqa
 from koala.evaluate.metrics.clip_score import ClipScore
 from koala.evaluate.metrics.cmmd import Cmmd, discrepancy
@@ -78,20 +78,21 @@ def test_agreement_is_each_images_psnr() -> None:
     prompts = seeded_prompts(ShapesPrompts(), 2, 0)
     assert Psnr().measure(other, prompts, gray) == {"agreement_db": expected}
     assert Psnr().measure(gray, prompts, None) == {}  # the teacher does not follow itself
+    assert agreement(gray, gray) == pytest.approx([78.13] * 2, abs=0.01)  # equal images: finite
 
 
 def test_clip_embeds_in_batches_as_it_does_one_by_one(tiny_clip) -> None:
     prompts = seeded_prompts(ShapesPrompts(), 40, 0)
     texts = [prompt.text for prompt in prompts]
     images = [shapes.draw(shapes.sample_scene(0, index), 32) for index in range(40)]
-    extractor = clip(str(tiny_clip), "main")
+    extractor = clip(str(tiny_clip), None)
     vectors, text_vectors = extractor.images(images), extractor.texts(texts)
     assert vectors.shape == text_vectors.shape == (40, 8)
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(40), abs=1e-5)
     assert vectors[35] == pytest.approx(extractor.images(images[35:36])[0], abs=1e-5)
     assert text_vectors[35] == pytest.approx(extractor.texts(texts[35:36])[0], abs=1e-5)
     expected = 100 * np.clip((vectors * text_vectors).sum(axis=1), 0, None)
-    score = ClipScore(model=str(tiny_clip), revision="main").measure(images, prompts, None)
+    score = ClipScore(model=str(tiny_clip)).measure(images, prompts, None)
     assert score == {"clip_score": pytest.approx(expected, abs=1e-4)}
 
 
@@ -99,15 +100,15 @@ def test_clip_score_never_counts_below_zero(tiny_clip, monkeypatch) -> None:
     monkeypatch.setattr(Clip, "images", lambda self, images: np.array([[1.0, 0.0], [0.0, 1.0]]))
     monkeypatch.setattr(Clip, "texts", lambda self, texts: np.array([[0.6, 0.8], [0.0, -1.0]]))
     prompts = seeded_prompts(ShapesPrompts(), 2, 0)
-    assert ClipScore(model=str(tiny_clip), revision="main").measure([], prompts, None)["clip_score"] == [60, 0]
+    assert ClipScore(model=str(tiny_clip)).measure([], prompts, None)["clip_score"] == [60, 0]
 
 
 def test_pick_score_is_the_cosine_by_the_models_own_scale(tiny_clip, drawn, monkeypatch) -> None:
     import torch
 
     images, prompts = drawn
-    metric = PickScore(model=str(tiny_clip), revision="main")
-    extractor = clip(str(tiny_clip), "main")
+    metric = PickScore(model=str(tiny_clip))
+    extractor = clip(str(tiny_clip), None)
     cosines = (extractor.images(images) * extractor.texts([prompt.text for prompt in prompts])).sum(axis=1)
     assert metric.measure(images, prompts, None)["pick_score"] == pytest.approx(np.exp(2.6592) * cosines, abs=1e-3)
     with torch.no_grad():
@@ -142,7 +143,7 @@ def test_dino_compares_images_of_the_same_number(tiny_dino, drawn) -> None:
     from transformers import BitImageProcessor, Dinov2Model
 
     images, prompts = drawn
-    metric = DinoCosine(model=tiny_dino, revision="main")
+    metric = DinoCosine(model=tiny_dino)
     assert metric.measure(images, prompts, None) == {}
     assert metric.measure(images, prompts, images)["dino_cosine"] == pytest.approx([1] * 6, abs=1e-5)
     found = metric.measure(images, prompts, images[::-1])["dino_cosine"]
@@ -200,8 +201,8 @@ def test_the_discrepancy_of_resamples_is_that_of_their_images(monkeypatch) -> No
 def test_sets_are_compared_with_the_teachers(tiny_dino, tiny_clip, drawn) -> None:
     images, prompts = drawn
     for metric, name in (
-        (FdDinov2(model=tiny_dino, revision="main"), "fd_dinov2"),
-        (Cmmd(model=str(tiny_clip), revision="main"), "cmmd"),
+        (FdDinov2(model=tiny_dino), "fd_dinov2"),
+        (Cmmd(model=str(tiny_clip)), "cmmd"),
     ):
         assert metric.measure(images, prompts, images) == {}
         assert metric.measure_set(images, prompts, None) == {}
@@ -222,14 +223,14 @@ def test_one_model_is_held_and_an_image_is_embedded_once(tiny_dino, tiny_clip, d
     monkeypatch.setattr(
         extractors.Dino, "_class_tokens", lambda self, batch: (embedded.append(len(batch)), tokens(self, batch))[1]
     )
-    for metric in (DinoCosine(model=tiny_dino, revision="main"), FdDinov2(model=tiny_dino, revision="main")):
+    for metric in (DinoCosine(model=tiny_dino), FdDinov2(model=tiny_dino)):
         for reference in (None, images):
             metric.measure(other, prompts, reference)
             metric.measure_set(other, prompts, reference)
     assert loaded == ["Dinov2Model"]
     assert embedded == [6, 6]
-    held = weakref.ref(dino(tiny_dino, "main"))
-    clip(str(tiny_clip), "main")
+    held = weakref.ref(dino(tiny_dino, None))
+    clip(str(tiny_clip), None)
     gc.collect()
     assert held() is None
     forget()
@@ -272,7 +273,7 @@ def tiny_hps(tiny_clip, tmp_path_factory):
 
 
 def hps(folder: Path, base: Path) -> HpsV21:
-    return HpsV21(model=str(folder), revision="main", base=str(base), base_revision="main")
+    return HpsV21(model=str(folder), base=str(base), base_revision=None)
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
@@ -282,7 +283,7 @@ def test_hps_is_the_cosine_by_weights_under_open_clips_names(tiny_hps, tiny_clip
     images, prompts = drawn
     tensors = load_file(tiny_hps / "model.safetensors")
     save_file({prefix + name.removeprefix("model."): tensors[name] for name in tensors}, tmp_path / "model.safetensors")
-    cosines = clip(str(tiny_clip), "main").cosines(images, [prompt.text for prompt in prompts])
+    cosines = clip(str(tiny_clip), None).cosines(images, [prompt.text for prompt in prompts])
     found = hps(tmp_path, tiny_clip).measure(images, prompts, None)["hps_v21"]
     assert found == pytest.approx(100 * cosines, abs=1e-4)
     assert min(found) < 0  # it has no floor
@@ -351,7 +352,7 @@ def test_b_vqa_is_the_product_of_yes_over_the_chunks(tiny_blip, drawn) -> None:
     from transformers import BlipForQuestionAnswering, BlipProcessor
 
     images, _ = drawn
-    extractor = questions(tiny_blip, "main")
+    extractor = questions(tiny_blip, None)
     (one, other), _ = extractor.yes(images[:2], [["a red circle?", "a small?"], ["a small?"]])
     assert 0 < one < 1
     # Neither padding beside a longer question nor the other images of a batch must change an answer.
@@ -371,7 +372,7 @@ def test_b_vqa_is_the_product_of_yes_over_the_chunks(tiny_blip, drawn) -> None:
     yes, no = generated.logits[0][0, [6, 7]].exp().tolist()
     assert one == pytest.approx(yes / (yes + no), abs=1e-4)
 
-    metric = BVqa(model=tiny_blip, revision="main")
+    metric = BVqa(model=tiny_blip)
     prompts = [Prompt("a red circle, a small", 0, chunks=("a red circle", "a small")), Prompt("a small", 1)]
     values = metric.measure([images[0], images[0]], prompts, None)["b_vqa"]
     assert values == pytest.approx([one * other, other], abs=1e-5)
@@ -380,14 +381,21 @@ def test_b_vqa_is_the_product_of_yes_over_the_chunks(tiny_blip, drawn) -> None:
     forget()
 
 
+def test_b_vqa_asks_about_eight_chunks_at_most(tiny_blip, drawn, monkeypatch) -> None:
+    monkeypatch.setattr(Questions, "yes", lambda self, images, asked: [[0.5] * len(each) for each in asked])
+    prompts = [Prompt("many", 0, chunks=tuple("abcdefghij")), Prompt("few", 1, chunks=("a", "b"))]
+    assert BVqa(model=tiny_blip).measure(drawn[0][:2], prompts, None)["b_vqa"] == [0.5**8, 0.5**2]
+    forget()
+
+
 @pytest.mark.parametrize("kind", [ClipScore, PickScore, BVqa, DinoCosine, HpsV21])
 def test_a_model_that_cannot_be_had_is_said_in_one_line(kind, tmp_path, drawn) -> None:
     images, prompts = drawn
-    base = {"base": str(tmp_path), "base_revision": "abc"} if kind is HpsV21 else {}
+    base = {"base": str(tmp_path), "base_revision": None} if kind is HpsV21 else {}
     with pytest.raises(
-        KoalaError, match=r"cannot load .* at abc as a \w+ for evaluate\.metrics \((OSError|ValueError)\): check"
+        KoalaError, match=r"cannot load \S+ as a \w+ for evaluate\.metrics \((OSError|ValueError)\): check"
     ) as error:
-        kind(model=str(tmp_path), revision="abc", **base).measure(images, prompts, images)
+        kind(model=str(tmp_path), **base).measure(images, prompts, images)
     assert "\n" not in str(error.value)
 
 
@@ -411,7 +419,7 @@ def test_weights_of_another_model_are_not_filled_up(tiny_dino, tmp_path, drawn, 
     else:
         file.write_bytes(b"no safetensors")
     with pytest.raises(KoalaError, match=rf"as a Dinov2Model for evaluate\.metrics \({reason}"):
-        DinoCosine(model=str(folder), revision="main").measure(images, prompts, images)
+        DinoCosine(model=str(folder)).measure(images, prompts, images)
 
 
 def test_a_revision_that_the_hub_lacks_is_said_in_one_line(as_hub, tmp_path, monkeypatch, drawn) -> None:
@@ -437,9 +445,61 @@ def test_a_revision_that_the_hub_lacks_is_said_in_one_line(as_hub, tmp_path, mon
 
     as_hub(Hub)
     images, prompts = drawn
-    with pytest.raises(KoalaError, match=r"cannot load owner/dino at abc as a Dinov2Model .* \(OSError\)"):
-        DinoCosine(model="owner/dino", revision="abc").measure(images, prompts, images)
-    assert {path.split("/")[4] for path in asked if "/resolve/" in path} == {"abc"}
+    commit = "a" * 40
+    metric = DinoCosine(model="owner/dino", revision=commit)
+    with pytest.raises(KoalaError, match=rf"cannot load owner/dino at {commit} as a Dinov2Model .* \(OSError\)"):
+        metric.measure(images, prompts, images)
+    assert {path.split("/")[4] for path in asked if "/resolve/" in path} == {commit}
+    asked.clear()
+    with pytest.raises(
+        KoalaError, match=rf"cannot find owner/dino at {commit} .*, for evaluate.metrics \(RevisionNotFound"
+    ):
+        metric.find()
+    assert asked == [f"/owner/dino/resolve/{commit}/config.json"]
+
+
+def test_a_model_is_looked_for_before_images_are_generated(as_hub, tiny_dino, tiny_clip, tmp_path, monkeypatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            there = self.path.endswith("/config.json")
+            self.send_response(200 if there else 404)
+            self.send_header(*(("X-Repo-Commit", "a" * 40) if there else ("X-Error-Code", "EntryNotFound")))
+            self.send_header("ETag", '"x"')
+            self.send_header("Content-Length", "2" if there else "0")
+            self.end_headers()
+
+        def log_message(self, *_) -> None:
+            pass
+
+    as_hub(Hub)
+    ClipScore(model="owner/clip", revision="a" * 40).find()
+    DinoCosine(model=tiny_dino).find()
+    with pytest.raises(KoalaError, match=r"owner/hps at a+ \(evaluate.metrics\) has no model.safetensors"):
+        HpsV21(model="owner/hps", revision="a" * 40, base=str(tiny_clip)).find()
+    with pytest.raises(KoalaError, match=r"there is no folder /no/base \(evaluate.metrics\)"):
+        HpsV21(model=str(tiny_clip), base="/no/base").find()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(KoalaError, match=r"empty \(evaluate.metrics\) has no config.json"):
+        PickScore(model=str(tmp_path / "empty")).find()
+
+
+def test_a_folder_that_is_not_there_and_a_hub_that_does_not_answer_are_one_line(tmp_path, monkeypatch) -> None:
+    from huggingface_hub import constants
+
+    for model in ("/no/such/model", "nowhere"):
+        with pytest.raises(
+            KoalaError, match=f"there is no folder {model} .*: give that of a model, or a Hub repository"
+        ):
+            PickScore(model=model).find()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:1/{repo_id}/{revision}/{filename}")
+    with pytest.raises(KoalaError, match=r"cannot find owner/clip at a+ on the Hugging Face Hub, .*ConnectError"):
+        PickScore(model="owner/clip", revision="a" * 40).find()
 
 
 def test_pickled_weights_are_not_read(tiny_dino, tmp_path, drawn) -> None:
@@ -451,4 +511,4 @@ def test_pickled_weights_are_not_read(tiny_dino, tmp_path, drawn) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(KoalaError, match="that it holds safetensors"):
-        DinoCosine(model=str(folder), revision="main").measure(images, prompts, images)
+        DinoCosine(model=str(folder)).measure(images, prompts, images)

@@ -13,7 +13,11 @@ from koala.evaluate import page
 from koala.evaluate.prompts import Prompt
 from koala.evaluate.statistics import OfCategory
 
-PROMPTS = [Prompt("a <script>alert(1)</script> cat", 5), Prompt("a dog & a cow", 6), Prompt("a dog & a cow", 7)]
+PROMPTS = [
+    Prompt('a <script>alert(1)</script> cat" onerror="x', 5),
+    Prompt("a dog & a cow", 6),
+    Prompt("a dog & a cow", 7),
+]
 COST = {
     "teacher": {
         "unet_parameters": 2_567_463_684,
@@ -94,6 +98,7 @@ def test_the_page_fetches_nothing_and_runs_nothing(written: str) -> None:
     assert not re.search(r"https?://", written)
     assert "default-src 'none'" in written
     assert any("a <script>alert(1)</script> cat" in words for words in parsed.words)  # as text
+    assert {frozenset(attributes) for tag, attributes in parsed.tags if tag == "img"} == {frozenset(("alt", "src"))}
 
 
 def test_the_page_holds_figures_plots_and_what_they_depend_on(written: str) -> None:

@@ -67,7 +67,9 @@ def test_the_memory_of_draws_is_bounded_and_changes_nothing() -> None:
 
 
 def test_there_is_no_share_of_nothing() -> None:
-    assert list(ratio(np.array([1.0, 2.0]), np.array([0.0, 4.0]))) == [0, 0.5]
+    assert ratio(1.0, 0.0) == 0
+    # Of draws, what is 0 takes the least: a share of 1 / 0 is no smaller than 1 / 4.
+    assert list(ratio(np.array([1.0, 2.0, 0.0]), np.array([0.0, 4.0, 0.0]))) == [0.25, 0.5, 0]
     models, compared = estimate(["a", "b"], {"teacher": {"s": [0, 0]}, "after": {"s": [1, 0]}}, ["s"])
     assert compared["share_of_teacher/s"].value == 0
     assert compared["share_of_teacher/s"].interval == (0, 0)
@@ -148,6 +150,12 @@ def test_categories_are_compared_by_themselves_the_worst_first() -> None:
     assert found[1].interval == (1, 1)
     assert found[0].interval[0] < 0.75 < found[0].interval[1]
     assert by_category(prompts, [""] * 5, scores, ["s"]) == []
+
+
+def test_a_model_that_is_hardly_ever_right_can_be_beaten() -> None:
+    """In an eighth of the resamples it is never right."""
+    weak = [1.0, 1.0] + [0.0] * 48
+    assert share([str(number) for number in range(50)], [1.0] * 50, weak).bounds[0] > 5
 
 
 def test_a_share_is_paired() -> None:

@@ -116,6 +116,22 @@ def test_a_champion_that_was_measured_otherwise_cannot_be_compared(config, evalu
     assert words(config, evaluation(0.9, pinned={"confidence": 0.9}))[0]
 
 
+def test_a_metric_that_one_of_them_lacks_is_no_matter(config, evaluation, tmp_path) -> None:
+    """A report that shows more than the champion's did is compared in what both have."""
+    clip = {"model": "owner/clip", "revision": "a" * 40}
+    release(config, evaluation(0.5, pinned={"metrics": {"good": {}, "clip_score": clip}}), tmp_path)
+    assert words(config, evaluation(0.9, pinned={"metrics": {"good": {}, "psnr": {}}}))[0]
+    other = {"metrics": {"good": {}, "clip_score": {**clip, "revision": "b" * 40}}}
+    passed, verdict = words(config, evaluation(0.9, pinned=other))
+    assert not passed
+    assert "was evaluated with clip_score {'model': 'owner/clip', 'revision': 'aaa" in verdict
+    rule = Requirement(metric="better", of="champion", at_least=1)
+    assert words(config.model_copy(update={"require": (rule,)}), evaluation(0.9)) == (
+        False,
+        "better of champion at least 1: the champion was not measured by it",
+    )
+
+
 def test_a_release_without_values_cannot_be_compared(config, evaluation, tmp_path) -> None:
     folder = evaluation(0.5)
     (folder / "values.parquet").unlink()
@@ -197,7 +213,9 @@ def test_a_person_overrules_the_gate_by_name_for_one_evaluation(
     assert recorder.tagged["approved_by"] == "Ada"
     assert config.targets[0].shelf(NAME).latest() == "v2"
 
-    # Other figures want another approval, and a student that passes wants none.
+    # Another student wants another approval, other figures do, and a student that passes wants none.
+    assert approvals.find(approved.approvals, NAME, refused)
+    assert approvals.find(approved.approvals, "koala-1b", refused) is None
     with pytest.raises(KoalaError, match="is not released"):
         publish(approved, distilled, evaluation(0.4), tmp_path / "again", NoRun())
     with pytest.raises(

@@ -171,21 +171,71 @@ def test_what_arrives_with_other_bytes_is_not_merged(hub: Hub, release: Path) ->
     assert hub.tags == {}
 
 
-@pytest.mark.parametrize("at", ["POST .*/commit/", "GET .*/resolve/refs/pr/1/README.md"])
-def test_a_head_that_moved_is_not_overwritten(hub: Hub, release: Path, at: str) -> None:
+WHILE = ["POST .*/commit/", "GET .*/resolve/refs/pr/{}/README.md"]  # it is sent, and it is read back
+
+
+def edit(handler: Handler) -> bool:
+    """Let someone edit the card in `main`."""
+    tree = handler.server.tree("main") or {}
+    handler.server.commit(tree | {"README.md": b"of another", "notes.md": str(len(tree)).encode()}, "main")
+    return False
+
+
+@pytest.mark.parametrize("at", WHILE)
+def test_on_a_head_that_moved_a_release_is_proposed_anew(hub: Hub, release: Path, at: str) -> None:
+    TARGET.send(release, NAME)
+    hub.fault(at.format(2), edit)
+    sent = TARGET.send(second(release), NAME)
+    assert (sent["version"], sent["commit"]) == ("v2", hub.refs["main"])
+    assert set(on_main(hub)) == {"README.md", "manifest.json", "report.html", "unet/weights.safetensors"}
+    assert b"The second" in on_main(hub)["README.md"]
+    assert uploads(hub) == 2, "no weights are sent twice"
+    assert [pull["status"] for pull in hub.pulls][-1] == "merged"
+    assert "open" not in [pull["status"] for pull in hub.pulls]
+    assert b"of another" in [tree.get("README.md") for tree in hub.commits.values()], "it is in the history"
+
+
+@pytest.mark.parametrize("at", WHILE)
+def test_a_head_that_does_not_rest_is_given_up(hub: Hub, release: Path, at: str) -> None:
     TARGET.shelf(NAME).create(private=True)
-
-    def move(handler: Handler) -> bool:
-        handler.server.commit({"README.md": b"of another publisher"}, "main")
-        return False
-
-    hub.fault(at, move)
-    with pytest.raises(KoalaError, match=r"another publisher moved .*publish again"):
+    for number in range(1, 9):
+        hub.fault(at.format(number), edit)
+    with pytest.raises(KoalaError, match=r"another publisher moved owner/koala-700m .*publish again"):
         TARGET.send(release, NAME)
-    assert on_main(hub) == {"README.md": b"of another publisher"}
+    assert on_main(hub)["README.md"] == b"of another"
+    assert hub.tags == {}
+    assert {pull["status"] for pull in hub.pulls} <= {"closed"}
+
+
+@pytest.mark.parametrize("at", WHILE)
+def test_another_release_that_came_to_stand_meanwhile_is_not_overwritten(hub: Hub, release: Path, at: str) -> None:
+    """The gate compared with the one before it."""
+    TARGET.shelf(NAME).create(private=True)
+    others = {"README.md": b"of another", "manifest.json": b"{}"}
+    hub.fault(at.format(1), lambda handler: bool(handler.server.commit(others, "main")) and False)
+    with pytest.raises(
+        KoalaError, match=r"another publisher moved .*publish again if this release shall be the latest"
+    ):
+        TARGET.send(release, NAME)
+    assert on_main(hub) == others
     assert hub.tags == {}
     assert TARGET.send(release, NAME)["version"] == "v1"
-    assert "of another publisher" not in str(on_main(hub)["README.md"])
+    assert b"The first" in on_main(hub)["README.md"]
+
+
+def test_a_version_that_another_publisher_took_is_not_ours(hub: Hub, release: Path) -> None:
+    TARGET.shelf(NAME).create(private=True)
+    other = hub.commit({"manifest.json": b"{}"}, "refs/pr/9")
+    hub.fault("POST .*/tag/", lambda handler: bool(handler.server.tags.update(v1=other)))
+    sent = TARGET.send(release, NAME)
+    assert (sent["version"], sent["commit"]) == ("v2", hub.refs["main"])
+    assert hub.tags == {"v1": other, "v2": hub.refs["main"]}
+    # Of candidates too, on a head that moved.
+    hub.fault("POST .*/commit/", edit)
+    hub.fault("POST .*/tag/", lambda handler: bool(handler.server.tags.update(v3=other)))
+    sent = TARGET.send(second(release), NAME, stands=False)
+    assert (sent["version"], sent["commit"]) == ("v4", hub.tags["v4"])
+    assert b"The second" in hub.tree("v4")["README.md"]
 
 
 def test_the_hub_is_asked_again_as_late_as_it_says(hub: Hub, release: Path, capsys: pytest.CaptureFixture) -> None:
@@ -236,7 +286,7 @@ def test_a_rollback_does_not_undo_what_another_publisher_just_did(hub: Hub, rele
         return False
 
     hub.fault("POST .*/commit/", move)
-    with pytest.raises(KoalaError, match="another publisher moved it meanwhile: publish again"):
+    with pytest.raises(KoalaError, match="another publisher moved it meanwhile: run the same command again"):
         roll_back([TARGET], NAME, "v1")
     assert on_main(hub) == {"README.md": b"of another publisher"}
 

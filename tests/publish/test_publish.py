@@ -22,6 +22,7 @@ from koala.publish.publish import publish
 from koala.publish.targets.base import Target
 from koala.publish.targets.folder import FolderTarget
 from koala.publish.versions import Manifest
+from koala.publish.workflow import workflow
 from koala.run import STATE, NoRun
 
 METRICS = {
@@ -146,7 +147,11 @@ def test_a_licence_outside_the_hubs_list_is_named_and_linked(folders, tmp_path) 
     from huggingface_hub import ModelCard
 
     config = PublishConfig(
-        license="other", license_name="a-licence", license_link="https://example.org/a", datasets=("owner/images",)
+        license="other",
+        license_name="a-licence",
+        license_link="https://example.org/a",
+        datasets=("owner/images",),
+        base_model="owner/base",
     )
     publish(config, **folders, out=tmp_path / "release", run=NoRun())
     card = ModelCard.load(tmp_path / "release" / "README.md")
@@ -155,10 +160,14 @@ def test_a_licence_outside_the_hubs_list_is_named_and_linked(folders, tmp_path) 
         "a-licence",
         "https://example.org/a",
     )
-    assert card.data.datasets == ["owner/images"]
+    assert (card.data.datasets, card.data.base_model) == (["owner/images"], "owner/base")
+    assert "A student of owner/base, distilled" in card.text
     text = (tmp_path / "release" / "LICENSE.md").read_text()
     assert "released under its licence, a-licence" in text
     assert "https://example.org/a" in text
+    named = PublishConfig(license="other", license_name="a-licence")
+    publish(named, **folders, out=tmp_path / "release", run=NoRun())
+    assert ModelCard.load(tmp_path / "release" / "README.md").data.license_link == "LICENSE.md"
     for wrong in ({"license": "other"}, {"license": "mit", "license_name": "a-licence"}):
         with pytest.raises(ValidationError, match="`license: other` goes with a license_name"):
             PublishConfig(**wrong)
@@ -233,6 +242,22 @@ def test_the_card_is_valid_and_carries_the_figures(folders, tmp_path) -> None:
     assert "Commit `abc`" in card.text
     assert 'pipeline("a large red circle", num_inference_steps=20, guidance_scale=3)' in card.text
     assert "6 steps of 8 images at a learning rate of 0.0005" in card.text
+
+
+def test_a_commit_with_changes_is_said_to_be_one(folders, tmp_path) -> None:
+    (folders["distilled"] / "provenance.json").write_text(json.dumps(PROVENANCE | {"commit": "abc-dirty"}))
+    publish(CONFIG, **folders, out=tmp_path / "release", run=NoRun())
+    text = (tmp_path / "release" / "README.md").read_text()
+    assert "To make it again (its tree held changes that are not in the commit)" in text
+    assert "git checkout abc\n" in text
+
+
+def test_a_release_can_be_changed_though_dvcs_files_are_read_only(folders, tmp_path) -> None:
+    for file in folders["distilled"].rglob("*"):
+        if file.is_file():
+            file.chmod(0o444)
+    publish(CONFIG, **folders, out=tmp_path / "release", run=NoRun())
+    assert all(file.stat().st_mode & 0o200 for file in (tmp_path / "release").rglob("*") if file.is_file())
 
 
 def test_the_card_says_what_it_is_good_at(folders, tmp_path) -> None:
@@ -466,6 +491,14 @@ def test_a_student_that_comfyui_recognises_has_a_workflow(folders, tmp_path, mon
     assert "ComfyUI recognises it as KOALA_700M" in card
     assert "`koala-700m-comfyui.json`" in card
     assert "- comfyui\n" in card
+
+
+def test_a_workflow_of_a_few_step_model_has_no_guidance_and_trailing_timesteps() -> None:
+    """ComfyUI calls 1 what diffusers calls 0."""
+    graph = workflow("x.safetensors", "a fox", SamplingConfig(steps=4, guidance=0), 512, trailing=True)
+    sample = graph["sample"]["inputs"]
+    assert (sample["cfg"], sample["steps"], sample["scheduler"]) == (1.0, 4, "sgm_uniform")
+    assert (graph["latent"]["inputs"]["width"], graph["latent"]["inputs"]["height"]) == (512, 512)
 
 
 def test_a_release_that_a_person_is_asked_about_is_a_candidate_and_what_stands_stays(

@@ -187,6 +187,40 @@ def test_at_sdxls_width_names_and_shapes_are_those_that_diffusers_reads_back(stu
     }
 
 
+@pytest.mark.parametrize(
+    ("student", "expected"),
+    {  # ComfyUI's own tables: residual blocks of the down stages, layers on the way down, up (from the image on) and in the middle
+        "koala-700m": ([1, 1, 1], [0, 2, 5], [0, 0, 2, 2, 5, 5], 0),
+        "koala-1b": ([1, 1, 1], [0, 2, 6], [0, 0, 2, 2, 6, 6], 6),
+        "sdxl": ([2, 2, 2], [0, 0, 2, 2, 10, 10], [0, 0, 0, 2, 2, 2, 10, 10, 10], 10),
+        "ssd-1b": ([2, 2, 2], [0, 0, 2, 2, 4, 4], [0, 0, 0, 1, 1, 2, 10, 4, 4], 0),
+        "vega": ([2, 2, 2], [0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 1, 1, 2, 2, 2], 0),
+    }.items(),
+)
+def test_a_front_end_counts_from_the_names_what_its_tables_hold(student: str, expected: tuple[Any, ...]) -> None:
+    from koala.teacher.original import places
+
+    unet = empty_unet(of_sdxl(student))
+    place = places("unet", unet.config)
+    found = [place(name) for name in unet.state_dict()]
+    names = {origin.name.removeprefix("model.diffusion_model.") for origin in found if origin}
+
+    def layers(block: str) -> int:
+        own = [name for name in names if name.startswith(f"{block}.1.transformer_blocks.")]
+        return len({name.removeprefix(block).split(".")[3] for name in own})
+
+    stages, down, up = [0], [], []
+    for number in range(1, 20):  # more blocks than there are
+        if f"input_blocks.{number}.0.op.weight" in names:
+            stages.append(0)
+        elif f"input_blocks.{number}.0.in_layers.0.weight" in names:
+            stages[-1] += 1
+            down.append(layers(f"input_blocks.{number}"))
+        if f"output_blocks.{number - 1}.0.in_layers.0.weight" in names:
+            up.insert(0, layers(f"output_blocks.{number - 1}"))
+    assert (stages, down, up, layers("middle_block")) == expected
+
+
 def test_names_of_koala_700m_at_sdxls_width() -> None:
     """The blocks by hand: one pair a stage on the way down, two on the way up, no mid block."""
     names = unet_blocks(of_sdxl("koala-700m"))
@@ -258,6 +292,20 @@ def test_koala_generate_reads_the_file_offline_bit_for_bit(
     assert dict(of_file.scheduler.config) == dict(of_folder.scheduler.config)
     assert of_file.tokenizer.get_vocab() == of_folder.tokenizer.get_vocab()
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(images(of_file), images(of_folder), strict=True))
+
+
+@pytest.mark.parametrize("student", ["koala-700m", "koala-1b"])
+def test_diffusers_reads_the_file_with_the_folder_as_its_configuration(
+    student: str, student_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, file = student_folder(student), tmp_path / "file.safetensors"
+    write_checkpoint(folder, file, **ABOUT, dtype=None)
+    of_file = StableDiffusionXLPipeline.from_single_file(file, config=str(folder), local_files_only=True)
+    of_folder = StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    for part in PARTS:
+        expected, found = plain(getattr(of_folder, part).state_dict()), plain(getattr(of_file, part).state_dict())
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_unets_file_generates_with_the_other_parts_of_a_base(

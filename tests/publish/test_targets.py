@@ -3,6 +3,7 @@
 import http.client
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from seaweed import KEY, SECRET, seaweed
 
 from koala.errors import KoalaError
+from koala.publish.targets import folder as folder_module
 from koala.publish.targets import s3 as module
 from koala.publish.targets.folder import FolderTarget
 from koala.publish.targets.s3 import S3Target
@@ -174,7 +176,12 @@ def test_what_a_killed_publisher_left_in_a_folder_is_not_released(release: Path,
     assert not (left.with_name("v1") / "half.safetensors").exists()
 
 
-def test_publishers_that_meet_in_a_folder_take_versions_of_their_own(release: Path, tmp_path: Path) -> None:
+def test_publishers_that_meet_in_a_folder_take_versions_of_their_own(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_now = folder_module._copy
+    # Slow, so that they do meet.
+    monkeypatch.setattr(folder_module, "_copy", lambda *asked: (time.sleep(0.05), copy_now(*asked)))
     releases = []
     for number in range(4):
         copy = tmp_path / f"release-{number}"

@@ -1,11 +1,15 @@
 """The base of every metric of image quality."""
 
+import re
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, ClassVar, Self
 
+from pydantic import model_validator
+
+from koala import pretrained
 from koala.config import Config
 from koala.evaluate.prompts import Prompt, PromptSet
 
@@ -13,6 +17,23 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
     from PIL.Image import Image
+
+
+SETTING = "evaluate.metrics"
+"""The parameter that names the models, for errors."""
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def check_pinned(model: str, revision: str | None) -> None:
+    """Raise ValueError for a model of the Hub without a commit: a branch moves, and scores with it."""
+    if not _HUB_NAME.fullmatch(model) or _COMMIT.fullmatch(revision or "") or Path(model).is_dir():
+        return
+    raise ValueError(
+        f"{model} is no folder here, and its revision on the Hub must be a commit, 40 hexadecimal digits, not {revision}: see "
+        f"`git ls-remote https://huggingface.co/{model} {revision or 'HEAD'}`"
+    )
 
 
 @dataclass(frozen=True)
@@ -65,6 +86,9 @@ class Metric(Config, ABC):
     def check(self, prompts: PromptSet) -> None:
         """Raise ValueError where the metric cannot be computed on images of `prompts`."""
 
+    def find(self) -> None:
+        """Raise KoalaError where the metric's model is not there: said before images are generated."""
+
     def names(self) -> tuple[str, ...]:
         """Return the names of all scores that `measure` gives for a student."""
         return tuple(self.columns)
@@ -101,8 +125,17 @@ class ModelMetric(Metric):
     model: str
     """The model: a Hub repository, or a folder."""
 
-    revision: str
-    """The Hub commit of the model, pinned so that scores stay comparable."""
+    revision: str | None = None
+    """The Hub commit of the model, 40 hexadecimal digits, pinned so that scores stay comparable. A folder has none."""
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> Self:
+        check_pinned(self.model, self.revision)
+        return self
+
+    def find(self) -> None:
+        """Look for what the metric loads. Raises KoalaError, in one line, where it is not there; little is fetched."""
+        pretrained.find(self.model, self.revision, "config.json", SETTING)
 
     @property
     def model_name(self) -> str:

@@ -1,10 +1,13 @@
 """HPS v2.1: how people would judge an image for its prompt, by a CLIP model trained on their rankings."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
+from pydantic import model_validator
+
+from koala import pretrained
 from koala.evaluate.extractors import open_clip
-from koala.evaluate.metrics.base import Column, ModelMetric
+from koala.evaluate.metrics.base import SETTING, Column, ModelMetric, check_pinned
 from koala.evaluate.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -27,8 +30,18 @@ class HpsV21(ModelMetric):
     """The model that it was trained from: a Hub repository, or a folder. Its configuration, tokenizer and image processor are
     taken, which the weights of HPS come without."""
 
-    base_revision: str = "1c2b8495b28150b8a4922ee1c8edee224c284c0c"
-    """The Hub commit of `base`."""
+    base_revision: str | None = "1c2b8495b28150b8a4922ee1c8edee224c284c0c"
+    """The Hub commit of `base`. A folder has none."""
+
+    @model_validator(mode="after")
+    def _base_is_pinned(self) -> Self:
+        check_pinned(self.base, self.base_revision)
+        return self
+
+    def find(self) -> None:
+        """Look for the weights and for the model that they were trained from."""
+        pretrained.find(self.model, self.revision, "model.safetensors", SETTING)
+        pretrained.find(self.base, self.base_revision, "config.json", SETTING)
 
     def measure(
         self, images: "Sequence[Image]", prompts: Sequence[Prompt], reference: "Sequence[Image] | None"

@@ -1,9 +1,10 @@
 """The Hugging Face Hub as a target: a model repository a student, a tag a version.
 
 A release is a pull request on the commit that was the head. Its files are read back and compared before it is merged and
-tagged; where another version stays in `main`, it is tagged and closed. Whoever publishes the same release again, after a broken
-upload too, finds its tag or its open pull request, and the Hub keeps the large files that arrived. Nothing is deleted from the
-repository's history: a rollback is a commit that restores files.
+tagged; where another version stays in `main`, it is tagged and closed. Where the head moved meanwhile, the pull request is made
+anew on it, unless another release stands there now: the gate did not compare with that one. Whoever publishes the same release
+again, after a broken upload too, finds its tag or its open pull request, and the Hub keeps the large files that arrived. Nothing
+is deleted from the repository's history: a rollback is a commit that restores files.
 
 The token and the address come from the environment alone (HF_TOKEN or `hf auth login`, HF_ENDPOINT).
 """
@@ -13,6 +14,7 @@ import io
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -31,7 +33,9 @@ _ATTEMPTS = 4
 _LONGEST_PAUSE = 60.0  # seconds that a Retry-After may ask for
 _FIRST_PAUSE = 1.0  # seconds before the second attempt, doubled each time
 _TRANSIENT = (429, 500, 502, 503, 504)
+_PRECONDITION_FAILED = 412  # parent_commit is no longer the head
 _KEPT = (".gitattributes",)  # the Hub's own file
+_HEADS = 3  # that a release is put on before it gives up: someone edits faster than it is sent
 
 
 class HubTarget(Target):
@@ -50,7 +54,7 @@ class HubTarget(Target):
         """Publish the release as a new version, or find the one that holds it; if it `stands`, let `main` hold it.
 
         Returns its `version`, `repository` and `commit`. Raises KoalaError where the Hub does not let us, and where another
-        publisher moved `main` meanwhile.
+        release came to stand meanwhile.
         """
         shelf = self.shelf(name)
         with _explained(shelf.repository):
@@ -58,11 +62,7 @@ class HubTarget(Target):
             shelf.create(self.private)
             version = shelf.holding(manifest)
             if version is None:
-                version = after(shelf.versions())
-                if stands:
-                    shelf.tag(version, shelf.merge(release, manifest))
-                else:
-                    shelf.keep(version, release, manifest)
+                version = shelf.tag(shelf.merge(release, manifest)) if stands else shelf.keep(release, manifest)
             elif stands and shelf.latest() != version:
                 shelf.point_to(version)
             return {"version": version, "repository": shelf.repository, "commit": shelf.commit(version)}
@@ -162,43 +162,65 @@ class HubShelf(Shelf):
         """Return the commit of a version."""
         return self._tags()[version]
 
-    def tag(self, version: str, commit: str) -> None:
-        """Name a commit."""
-        _patiently(lambda: self._hub.create_tag(self.repository, tag=version, revision=commit, exist_ok=True))
+    def tag(self, commit: str) -> str:
+        """Name a commit as the version after all others. Return the version; another publisher may take one first."""
+        while True:
+            version = after(self.versions())
+            _patiently(partial(self._hub.create_tag, self.repository, tag=version, revision=commit, exist_ok=True))
+            if self.commit(version) == commit:
+                return version
 
     def merge(self, release: Path, manifest: Manifest) -> str:
-        """Bring a release into `main` by a pull request. Return the commit.
+        """Bring a release into `main` by a pull request, made anew where the head moved. Return the commit.
 
         Raises:
-            KoalaError: What the Hub holds is not what was sent, or `main` moved.
+            KoalaError: What the Hub holds is not what was sent, another release came to stand, or `main` does not rest.
         """
-        head, files = self._head()
-        if self._manifest(_MAIN) == manifest:
-            return head  # merged by a publisher that ended before it tagged
-        number = self._compared(release, manifest, head, files)
-        if self._head()[0] != head:
-            raise self._moved(head)
-        _patiently(lambda: self._hub.merge_pull_request(self.repository, number))
-        merged, _ = self._head()
-        if self._manifest(merged) != manifest:
-            raise self._moved(head)
-        return merged
+        stood = self._manifest(_MAIN)
+        for _ in range(_HEADS):
+            head, files = self._head()
+            now = self._manifest(head)
+            if now == manifest:
+                return head  # merged by a publisher that ended before it tagged
+            if now != stood:
+                break
+            number = self._compared(release, manifest, head, files)
+            if number is None:
+                continue
+            if self._head()[0] != head:
+                self._close(number)  # it would take back what came to `main`
+                continue
+            _patiently(partial(self._hub.merge_pull_request, self.repository, number))
+            merged, _ = self._head()
+            if self._manifest(merged) == manifest:
+                return merged
+            break
+        raise KoalaError(
+            f"another publisher moved {self.repository} to {self._head()[0][:8]} meanwhile: publish again if this release "
+            "shall be the latest"
+        )
 
-    def keep(self, version: str, release: Path, manifest: Manifest) -> None:
-        """Let `version` name the commit of a pull request that is closed unmerged: the tag keeps the commit."""
-        number = self._compared(release, manifest, *self._head())
+    def keep(self, release: Path, manifest: Manifest) -> str:
+        """Tag a release in a pull request that is closed unmerged: the tag keeps the commit. Return the version."""
+        number = None
+        while number is None:
+            number = self._compared(release, manifest, *self._head())
         info = _patiently(lambda: self._hub.model_info(self.repository, revision=f"refs/pr/{number}"))
-        self.tag(version, str(info.sha))
+        version = self.tag(str(info.sha))
         self._close(number)
+        return version
 
-    def _compared(self, release: Path, manifest: Manifest, head: str, files: set[str]) -> int:
-        """Return the pull request of a release, new or found again, after its files were read back and compared."""
+    def _compared(self, release: Path, manifest: Manifest, head: str, files: set[str]) -> int | None:
+        """Return the pull request of a release, new or found again, after its files were read back and compared.
+
+        None where the Hub does not take it, since the head moved.
+        """
         title = f"{_TITLE} {manifest.sha256[:16]}"
         number = self._candidate(title, head)
-        if number is None:
-            number = self._propose(release, manifest, title, head, files)
-        else:
+        if number is not None:
             say(f"publish: goes on with pull request {number} of {self.repository}")
+        elif (number := self._propose(release, manifest, title, head, files)) is None:
+            return None
         if damaged := self.damaged(f"refs/pr/{number}"):
             self._close(number)
             raise KoalaError(
@@ -220,12 +242,6 @@ class HubShelf(Shelf):
             )
         return super().damaged(version)
 
-    def _moved(self, head: str) -> KoalaError:
-        return KoalaError(
-            f"another publisher moved {self.repository} from {head[:8]} to {self._head()[0][:8]} meanwhile: publish again "
-            "if this release shall be the latest"
-        )
-
     def _candidate(self, title: str, head: str) -> int | None:
         """Return the open pull request of this release, of which the upload may have broken after it was made."""
         found = self._pull_requests()
@@ -241,16 +257,22 @@ class HubShelf(Shelf):
             )
         )
 
-    def _propose(self, release: Path, manifest: Manifest, title: str, head: str, files: set[str]) -> int:
-        """Upload the release as a pull request on `head`. Return its number."""
+    def _propose(self, release: Path, manifest: Manifest, title: str, head: str, files: set[str]) -> int | None:
+        """Upload the release as a pull request on `head`. Return its number; None where that is no longer the head."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+        from huggingface_hub.errors import HfHubHTTPError
 
         size = sum(file.size for file in manifest.files.values())
         say(f"publish: {size / 1e9:.2f} GB to {self.repository}")
         added = [CommitOperationAdd(name, str(release / name)) for name in sorted(manifest.files)]
         added.append(CommitOperationAdd(MANIFEST, manifest.text().encode()))
         removed = [CommitOperationDelete(name) for name in sorted(files - {*manifest.files, MANIFEST, *_KEPT})]
-        made = self._commit([*added, *removed], f"{title} on {head[:16]}", head, create_pr=True)
+        try:
+            made = self._commit([*added, *removed], f"{title} on {head[:16]}", head, create_pr=True)
+        except HfHubHTTPError as error:
+            if error.response is None or error.response.status_code != _PRECONDITION_FAILED:
+                raise
+            return None
         assert made.pr_num is not None
         return int(made.pr_num)
 
@@ -338,8 +360,8 @@ def _explained(repository: str) -> Iterator[None]:
         reasons = {
             401: "the token is not valid: check HF_TOKEN",
             403: "this token may not write there: use one with write access to that owner",
-            409: "it changed meanwhile: publish again",
-            412: "another publisher moved it meanwhile: publish again",
+            409: "it changed meanwhile: run the same command again",
+            _PRECONDITION_FAILED: "another publisher moved it meanwhile: run the same command again",
             429: "too many requests: publish again later, it resumes",
         }
         reason = reasons.get(status, f"it answers {status}: publish again, it resumes")
