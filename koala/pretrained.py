@@ -1,5 +1,6 @@
 """Models of transformers from the Hub at a pinned revision, or from a folder: safetensors and transformers' own classes only."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +10,22 @@ from koala.console import hide_loading_bars
 from koala.errors import DISK_FULL, KoalaError
 
 _MAIN = "main"  # transformers' own default, which says nothing of a folder
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class WrongModelError(ValueError):
     """Weights that are not those of the model; the text says what is wrong with them."""
+
+
+def check_pinned(model: str, revision: str | None) -> None:
+    """Raise ValueError for a model of the Hub without a commit: a branch moves, and scores with it."""
+    if not _HUB_NAME.fullmatch(model) or _COMMIT.fullmatch(revision or "") or Path(model).is_dir():
+        return
+    raise ValueError(
+        f"{model} is no folder here, and its revision on the Hub must be a commit, 40 hexadecimal digits, not {revision}: see "
+        f"`git ls-remote https://huggingface.co/{model} {revision or 'HEAD'}`"
+    )
 
 
 def find(model: str, revision: str | None, file: str, setting: str) -> None:

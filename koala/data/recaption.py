@@ -75,7 +75,7 @@ def _caption_shards(config: RecaptionConfig, out: Path, files: Sequence[Path], r
             for batch in batches_ahead(read_shard(file), config.machine.batch_size, start):
                 images = {sample.key: image for sample, decoded in batch if (image := decoded.result()) is not None}
                 said = dict(zip(images, captioner.captions(list(images.values())), strict=True)) if images else {}
-                model = f"{config.model}@{config.revision}"
+                model = f"{config.model}@{config.revision}" if config.revision else config.model
                 rows += [{"key": each.key, "caption": said.get(each.key) or None, "model": model} for each, _ in batch]
             unfinished = out / f"{file.stem}.part"
             pq.write_table(pa.Table.from_pylist(rows, COLUMNS), unfinished)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from captioner import LAYERS, VISION, WORDS, blip
 from PIL import Image
+from pydantic import ValidationError
 
 from koala.data.captions.captioner import Captioner
 from koala.data.captions.config import RecaptionConfig, RecaptionMachine
@@ -113,6 +114,14 @@ def recipe(models: dict[str, Path]) -> Callable[..., RecaptionConfig]:
 
 def rows(out: Path) -> list[dict[str, Any]]:
     return [row for file in sorted(out.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+def test_a_model_of_the_hub_is_pinned() -> None:
+    with pytest.raises(
+        ValidationError, match="us/blip is no folder here, and its revision on the Hub must be a commit"
+    ):
+        RecaptionConfig(model="us/blip")
+    assert RecaptionConfig(model="us/blip", revision="0" * 40).revision
 
 
 def test_without_a_model_nothing_is_made_or_looked_at(out: Path, recorder: Any) -> None:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from koala.data.score import score
@@ -91,6 +92,16 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
     monkeypatch.setattr(ClipEmbedder, "images", counting)
     return counted
+
+
+@pytest.mark.parametrize("kind", [Embedder, Aesthetic])
+def test_a_model_of_the_hub_is_pinned(kind: type) -> None:
+    for revision in (None, "main", "abc"):
+        with pytest.raises(
+            ValidationError, match="us/clip is no folder here, and its revision on the Hub must be a commit"
+        ):
+            kind(model="us/clip", revision=revision)
+    assert kind(model="us/clip", revision="0" * 40).revision == "0" * 40
 
 
 def test_without_scores_nothing_is_made_or_loaded(out: Path) -> None:

@@ -32,8 +32,8 @@ class Captioner:
                 raise KoalaError(f"{_SETTING}: {name} is a {type(model).__name__}, which takes no prompt: leave it out")
             with pretrained.errors(_ARCHITECTURE, name, config.revision, _SETTING):
                 self._pair = (
-                    transformers.AutoImageProcessor.from_pretrained(name, revision=config.revision),
-                    transformers.AutoTokenizer.from_pretrained(name, revision=config.revision),
+                    transformers.AutoImageProcessor.from_pretrained(name, revision=config.revision or "main"),
+                    transformers.AutoTokenizer.from_pretrained(name, revision=config.revision or "main"),
                 )
         self._processor = processor
         self._tokenizer = self._pair[1] if self._pair else processor.tokenizer

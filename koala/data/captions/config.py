@@ -4,6 +4,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from koala import pretrained
 from koala.config import Config
 from koala.data.executor import SharedWork
 
@@ -25,8 +26,8 @@ class RecaptionConfig(Config):
     model: str | None = None
     """An image-to-text model of transformers (BLIP, Florence-2, LLaVA, Qwen-VL, ViT-GPT2, ...): a Hub repository, or a folder. Only
     safetensors and transformers' own classes are read."""
-    revision: str = "main"
-    """The Hub commit. Pin it."""
+    revision: str | None = None
+    """The Hub commit of the model, 40 hexadecimal digits. A folder has none."""
     prompt: str = ""
     """What the model is asked, such as `Describe this image in detail.`, or a task's token, such as `<MORE_DETAILED_CAPTION>`; left
     out: models that need no question."""
@@ -39,4 +40,6 @@ class RecaptionConfig(Config):
     def _model_is_named(self) -> Self:
         if self.model is None and self.model_fields_set & {"revision", "prompt", "max_tokens"}:
             raise ValueError("name a model under recaption.model, or leave the section empty")
+        if self.model is not None:
+            pretrained.check_pinned(self.model, self.revision)
         return self

@@ -7,7 +7,9 @@ https://github.com/christophschuhmann/improved-aesthetic-predictor.
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import model_validator
 
 from koala import pretrained
 from koala.data.scores.base import EmbeddingScorer, Texts
@@ -25,12 +27,17 @@ class Aesthetic(EmbeddingScorer):
     """Name of the score."""
     model: str
     """A Hub repository, or a folder, that holds the head."""
-    revision: str = "main"
-    """The Hub commit. Pin it."""
+    revision: str | None = None
+    """The Hub commit of the model, 40 hexadecimal digits. A folder has none."""
     file: str = "model.safetensors"
     """The safetensors file."""
     prefix: str = ""
     """What the names of the head's tensors begin with, where the file holds more than the head, such as `predictor.`."""
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> Self:
+        pretrained.check_pinned(self.model, self.revision)
+        return self
 
     def load(self, embedder: Texts) -> "Callable[[np.ndarray, Sequence[str]], np.ndarray]":
         """Return the head. Raises KoalaError if it cannot be had, or does not take the embedder's embeddings."""

@@ -5,6 +5,7 @@ from typing import Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
+from koala import pretrained
 from koala.config import Config
 from koala.data.executor import SharedWork
 from koala.data.scores.base import EmbeddingScorer, Scorer
@@ -15,8 +16,13 @@ class Embedder(Config):
 
     model: str
     """A Hub repository, or a folder. Only safetensors are read."""
-    revision: str = "main"
-    """The Hub commit. Pin it."""
+    revision: str | None = None
+    """The Hub commit of the model, 40 hexadecimal digits. A folder has none."""
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> Self:
+        pretrained.check_pinned(self.model, self.revision)
+        return self
 
 
 class ScoreMachine(SharedWork):

@@ -1,10 +1,9 @@
 """The base of every metric of image quality."""
 
-import re
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import model_validator
@@ -21,19 +20,6 @@ if TYPE_CHECKING:
 
 SETTING = "evaluate.metrics"
 """The parameter that names the models, for errors."""
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-def check_pinned(model: str, revision: str | None) -> None:
-    """Raise ValueError for a model of the Hub without a commit: a branch moves, and scores with it."""
-    if not _HUB_NAME.fullmatch(model) or _COMMIT.fullmatch(revision or "") or Path(model).is_dir():
-        return
-    raise ValueError(
-        f"{model} is no folder here, and its revision on the Hub must be a commit, 40 hexadecimal digits, not {revision}: see "
-        f"`git ls-remote https://huggingface.co/{model} {revision or 'HEAD'}`"
-    )
 
 
 @dataclass(frozen=True)
@@ -130,7 +116,7 @@ class ModelMetric(Metric):
 
     @model_validator(mode="after")
     def _is_pinned(self) -> Self:
-        check_pinned(self.model, self.revision)
+        pretrained.check_pinned(self.model, self.revision)
         return self
 
     def find(self) -> None:

@@ -7,7 +7,7 @@ from pydantic import model_validator
 
 from koala import pretrained
 from koala.evaluate.extractors import open_clip
-from koala.evaluate.metrics.base import SETTING, Column, ModelMetric, check_pinned
+from koala.evaluate.metrics.base import SETTING, Column, ModelMetric
 from koala.evaluate.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class HpsV21(ModelMetric):
 
     @model_validator(mode="after")
     def _base_is_pinned(self) -> Self:
-        check_pinned(self.base, self.base_revision)
+        pretrained.check_pinned(self.base, self.base_revision)
         return self
 
     def find(self) -> None:
