@@ -223,7 +223,7 @@ def test_the_program_is_killed_and_interrupted_without_a_trace_and_resumes(
     psutil.wait_procs(family, timeout=20)
     assert [process for process in family if process.is_running()] == []
     assert lingering.left() == []
-    assert states(project, "flow_run") == [f"distill koala-a {commit(project)[:7]} RUNNING"]
+    assert states(project, "flow_run") == [f"distill koala-a {commit(project)[:7]}: by hand RUNNING"]
     assert "heat RUNNING" in states(project, "task_run")
 
     # Ctrl-C, which a terminal sends to the whole process group.

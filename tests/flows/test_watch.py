@@ -355,7 +355,7 @@ def test_without_pools_distill_takes_its_checkout_forward(
     assert git("rev-parse", "HEAD") == at
     assert (project / "artifacts/demo/release/koala-a/list").read_text() == "new"
     run = client.read_flow_run(state.state_details.flow_run_id)
-    assert run.name == f"distill koala-a {at[:7]}"
+    assert run.name == f"distill koala-a {at[:7]}: by hand"
 
     (project / "list").write_text("mine")
     git(*identity, "commit", "--quiet", "--all", "--message=mine")
