@@ -28,6 +28,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run as current
 from prefect.states import Completed, Failed
 from prefect.tasks import Task
+from prefect.utilities.urls import url_for
 
 from flows.branches import BranchError, fast_forward
 from flows.lost import close_lost_runs, label
@@ -39,11 +40,13 @@ from flows.repro import reproduce
 from flows.services import HOME, Service, ServiceError, free_port, prefect_server
 from flows.stage import after_the_end, state_of
 from flows.stages import LAST_STAGE, PipelineError, Stage, machine, pipeline, profile, students
+from flows.why import why
 from koala import tracking
 from koala.console import say
 from koala.provenance import git_commit
 
 RETRY_DELAYS = [10.0, 60.0]
+_UI = "http://127.0.0.1:4200"  # of `make serve`
 
 
 class StageError(Exception):
@@ -51,14 +54,15 @@ class StageError(Exception):
 
 
 def run_name() -> str:
-    """Name the current flow run after its student and the commit: `distill koala-700m 1a2b3c4`."""
+    """Name the current flow run after its student, the commit and its cause: `distill koala-700m 1a2b3c4: schedule`."""
     parameters = current.get_parameters()
-    return _name(parameters["student"], parameters.get("commit"))
+    return _name(parameters["student"], parameters.get("commit"), why(parameters["because"]))
 
 
-def _name(student: str, commit: str | None) -> str:
+def _name(student: str, commit: str | None, because: str) -> str:
     found, _, dirty = (commit or git_commit() or "").partition("-")
-    return " ".join(filter(None, ["distill", student, found[:7] + (f"-{dirty}" if dirty else "")]))
+    what = " ".join(filter(None, ["distill", student, found[:7] + (f"-{dirty}" if dirty else "")]))
+    return f"{what}: {because}"
 
 
 @flow(
@@ -68,14 +72,16 @@ def _name(student: str, commit: str | None) -> str:
     on_crashed=[after_the_end],
     persist_result=False,
 )
-def distill(student: str, pools: bool = False, commit: str | None = None) -> State[Any]:
+def distill(student: str, pools: bool = False, commit: str | None = None, because: str = "") -> State[Any]:
     """Bring a student's release up to date with the code, the parameters and the data.
 
     pools: run each stage on a machine of its pool, not in this checkout.
     commit: what to run, as `watch` asks; left out: what this checkout holds. Without pools, the checkout goes forward to it.
+    because: what started this, in words; left out: what Prefect knows of it. It decides nothing.
     """
     flow_run = str(current.get_id())
     label(flow_run)
+    because = why(because)
     try:
         if commit and not pools:
             fast_forward(commit)
@@ -87,7 +93,10 @@ def distill(student: str, pools: bool = False, commit: str | None = None) -> Sta
             "machine": machine(),
             "commit": at or git_commit() or "unknown",
         }
-        with tracking.flow_run(f"koala-{profile()}", _name(student, commit), flow_run, params) as run:
+        name = _name(student, commit, because)
+        page = url_for("flow-run", flow_run)
+        tags = {"because": because, tracking.DESCRIPTION: f"[{name}]({page})" if page else ""}
+        with tracking.flow_run(f"koala-{profile()}", name, flow_run, params, tags) as run:
             _run_all(stages, flow_run, run.id, at)
             if pools:
                 bring_back(f"evaluate@{student}", flow_run, run.id, show=get_run_logger().info)
@@ -162,7 +171,7 @@ def main() -> int:
     for student, stages in pipelines.items():
         show_report(student, stages)
     runs = tracking.experiment_page(f"koala-{profile()}")
-    say(f"See all runs: make serve, then http://127.0.0.1:4200/runs (Prefect) and {runs} (MLflow)")
+    say(f"See all runs: make serve, then {_UI}/runs (Prefect) and {runs} (MLflow)")
     return 0
 
 
@@ -186,7 +195,9 @@ def _server() -> Iterator[None]:
     # Registered before Prefect's own functions, and so called after them: they send the last lines of the logs.
     atexit.register(_end, server)
     server.wait_until(f"http://127.0.0.1:{port}/api/health")
-    with settings.temporary_settings({settings.PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}):
+    api = f"http://127.0.0.1:{port}/api"
+    # Links lead to where `make serve` shows the same database.
+    with settings.temporary_settings({settings.PREFECT_API_URL: api, settings.PREFECT_UI_URL: _UI}):
         yield
 
 

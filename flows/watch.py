@@ -20,23 +20,21 @@ from prefect.states import Completed, Failed
 from flows.branches import BranchError, Retraining, known, propose, scratch
 from flows.services import ServiceError
 from flows.stages import PipelineError, students
+from flows.why import why
 from koala.causes import Cause, find, key_of
-from koala.console import harmless
 from koala.errors import KoalaError
-
-_LONGEST = 100  # characters of a reason, which an event may give
 
 
 def run_name() -> str:
     """Name the current flow run after what started it."""
-    return f"watch: {harmless(current.get_parameters()['because'])[:_LONGEST]}"
+    return f"watch: {why(current.get_parameters()['because'])}"
 
 
 @flow(name="watch", flow_run_name=run_name, persist_result=False)
-def watch(because: str = "by hand", pools: bool = False) -> State[Any]:
+def watch(because: str = "", pools: bool = False) -> State[Any]:
     """Retrain every student where something changed.
 
-    because: what started this, in words; it decides nothing.
+    because: what started this, in words; left out: what Prefect knows of it. It decides nothing.
     pools: push the branch, so that machines of the pools find the commit.
     """
     try:
@@ -53,7 +51,7 @@ def watch(because: str = "by hand", pools: bool = False) -> State[Any]:
                     get_run_logger().info(line)
         names = students()
         for student in names:
-            _start(student, retraining)
+            _start(student, retraining, f"{_subject(causes)} ({why(because)})")
     except (KoalaError, BranchError, PipelineError, ServiceError) as error:
         return Failed(message=str(error))
     said = _subject(causes) if retraining.is_new else f"known already: {_subject(causes)}"
@@ -69,12 +67,12 @@ def _message(causes: Sequence[Cause], lines: Sequence[str]) -> str:
     return "\n".join([_subject(causes), "", *lines])
 
 
-def _start(student: str, retraining: Retraining) -> None:
+def _start(student: str, retraining: Retraining, because: str) -> None:
     """Start `distill` at the retraining's commit, unless that was done before. Raises ServiceError if it is not deployed."""
     try:
         run_deployment(
             f"distill/{student}",
-            parameters={"commit": retraining.commit},
+            parameters={"commit": retraining.commit, "because": because},
             idempotency_key=f"{retraining.commit} {student}",
             timeout=0,
             as_subflow=False,

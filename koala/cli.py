@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from koala.commands import bench, data, release
+from koala.commands import bench, data, release, worker
 from koala.commands.options import MODEL, MachineName, ProfileName, StudentName
 from koala.disk import naming_full_disk
 from koala.errors import KoalaError
@@ -335,7 +335,7 @@ def serve_shapes(
     serve(port=port, seed=seed)
 
 
-for name, group in (("release", release), ("data", data), ("bench", bench)):
+for name, group in (("release", release), ("data", data), ("worker", worker), ("bench", bench)):
     app.add_typer(group.app, name=name, rich_help_panel=TOOLS)
 
 

@@ -39,6 +39,8 @@ FLOW_RUN = "KOALA_FLOW_RUN"
 """Environment variable with the id of the flow run in Prefect."""
 UI = "KOALA_MLFLOW_UI"
 """Environment variable with the address of MLflow's UI."""
+DESCRIPTION = "mlflow.note.content"
+"""Tag with Markdown that MLflow's UI shows at the head of a run."""
 
 # MLflow reads them later.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -199,10 +201,14 @@ def _machine_watched(run_id: str) -> Iterator[None]:
 
 @contextmanager
 def flow_run(
-    experiment: str, name: str, flow_run_id: str, params: Mapping[str, Any] | None = None
+    experiment: str,
+    name: str,
+    flow_run_id: str,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
 ) -> Iterator[StageRun]:
     """Open a flow's run, the parent of its stages' runs; close it as the block ended."""
-    with _open(experiment, name, _as_logged(params or {}), {"flow_run": flow_run_id}) as run:
+    with _open(experiment, name, _as_logged(params or {}), {"flow_run": flow_run_id, **(tags or {})}) as run:
         yield run
 
 

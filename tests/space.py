@@ -17,9 +17,8 @@ DISK, FILES = 8_192, 512  # bytes at first
 
 
 @contextmanager
-def small_disk(folder: Path) -> Iterator[Grow]:
-    """Mount a file system of 8 kB there; each call makes it larger. Raises PermissionError where none may be mounted."""
-    size = float(DISK)
+def small_disk(folder: Path, size: float = DISK) -> Iterator[Grow]:
+    """Mount a file system of so many bytes there; each call makes it larger. Raises PermissionError where none may be mounted."""
 
     def mount(*options: str) -> bool:
         return subprocess.run(["mount", *options, "tmpfs", str(folder)], capture_output=True).returncode == 0
@@ -29,7 +28,7 @@ def small_disk(folder: Path) -> Iterator[Grow]:
         size *= GROWTH
         assert mount("-t", "tmpfs", "-o", f"remount,size={int(size)}")
 
-    if not mount("-t", "tmpfs", "-o", f"size={DISK}"):
+    if not mount("-t", "tmpfs", "-o", f"size={int(size)}"):
         raise PermissionError
     try:
         yield grow

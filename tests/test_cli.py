@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
+
 
 def koala(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [Path(sys.executable).with_name("koala"), *arguments]
@@ -45,6 +47,15 @@ def test_a_sample_that_nothing_knows(workspace: Path) -> None:
 def test_outside_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "run koala in the project's folder" in one_line(koala("source"))
+
+
+def test_a_machine_joins_from_a_checkout(workspace: Path) -> None:
+    assert "run this in the checkout" in one_line(koala("worker", "join", "--pool", "gpu"))
+    (workspace / "flows").symlink_to(ROOT / "flows")
+    nowhere = ["--server", "http://127.0.0.1:9/api", "--folder", "machine"]
+    joined = koala("worker", "join", "--pool", "gpu", "--check", *nowhere)
+    assert joined.returncode == 2
+    assert "join: server: FAILED: http://127.0.0.1:9/api does not answer" in joined.stderr
 
 
 @pytest.fixture

@@ -133,13 +133,16 @@ def test_the_run_ends_with_artifacts_and_a_parent_run(
     assert run.info.run_id in artifacts["koala-a-mlflow"]
 
 
-def test_both_runs_are_named_after_student_and_commit(
+def test_both_runs_say_student_commit_and_cause_and_link_to_each_other(
     client: SyncPrefectClient, finished: Finished, mlflow_store: str
 ) -> None:
-    name = f"distill koala-a {finished.commit[:7]}"
+    name = f"distill koala-a {finished.commit[:7]}: by hand"
     assert client.read_flow_run(finished.id).name == name
     (run,) = mlflow_runs(mlflow_store, finished.id)
     assert run.info.run_name == name
+    assert run.data.tags["because"] == "by hand"
+    page = str(client.api_url).removesuffix("/").removesuffix("/api")
+    assert run.data.tags["mlflow.note.content"] == f"[{name}]({page}/runs/flow-run/{finished.id})"
 
 
 def test_the_parent_run_compares_with_another_students(finished: Finished, mlflow_store: str) -> None:
@@ -220,7 +223,7 @@ def test_the_program_is_killed_and_interrupted_without_a_trace_and_resumes(
     psutil.wait_procs(family, timeout=20)
     assert [process for process in family if process.is_running()] == []
     assert lingering.left() == []
-    assert states(project, "flow_run") == [f"distill koala-a {commit(project)[:7]} RUNNING"]
+    assert states(project, "flow_run") == [f"distill koala-a {commit(project)[:7]}: by hand RUNNING"]
     assert "heat RUNNING" in states(project, "task_run")
 
     # Ctrl-C, which a terminal sends to the whole process group.

@@ -132,7 +132,7 @@ def put(request: pytest.FixtureRequest, checkout: Path) -> Callable[[str], None]
 
 
 def test_new_data_is_a_commit_at_which_every_student_is_started(
-    put: Callable[[str], None], started: Callable[[str], list[str]]
+    put: Callable[[str], None], started: Callable[[str], list[str]], client: SyncPrefectClient
 ) -> None:
     accept()
     base = git("rev-parse", "HEAD")
@@ -149,6 +149,8 @@ def test_new_data_is_a_commit_at_which_every_student_is_started(
     assert yaml.safe_load(git("show", f"{TODAY}:source.lock.yaml"))["mine"]["rows"] == 4
     assert "usable rows 3 -> 4" in git("log", "-1", "--format=%B", TODAY)
     assert started(git("rev-parse", TODAY)) == ["koala-1b", "koala-700m"]
+    runs = [run for run in client.read_flow_runs(limit=200) if run.parameters.get("commit") == git("rev-parse", TODAY)]
+    assert {run.parameters["because"] for run in runs} == {"mine: new data (by hand)"}
     assert pins.read()["mine"].rows == 3
     assert git("rev-parse", "HEAD") == base
     assert len(git("worktree", "list").splitlines()) == 1
@@ -353,7 +355,7 @@ def test_without_pools_distill_takes_its_checkout_forward(
     assert git("rev-parse", "HEAD") == at
     assert (project / "artifacts/demo/release/koala-a/list").read_text() == "new"
     run = client.read_flow_run(state.state_details.flow_run_id)
-    assert run.name == f"distill koala-a {at[:7]}"
+    assert run.name == f"distill koala-a {at[:7]}: by hand"
 
     (project / "list").write_text("mine")
     git(*identity, "commit", "--quiet", "--all", "--message=mine")

@@ -1,9 +1,10 @@
 """What stands in infra/, by the checkers of its formats: nothing of it is started here."""
 
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,35 @@ def test_the_dockerfile_is_sound_and_ends_as_a_user() -> None:
     assert users[-1] == "1000"  # a number, which Kubernetes can see is not root
 
 
-def test_the_compose_file_keeps_to_the_specification() -> None:
-    """After what Docker itself does first: variables and YAML's merges."""
-    filled = re.sub(r"\$\{\w+(?::-([^}]*)|:\?[^}]*)?\}", lambda found: found[1] or "value", COMPOSE.read_text())
-    resolved = yaml.safe_dump(yaml.safe_load(filled))
-    assert "worker-gpu" in (compose_spec.PyCompose.from_yaml(resolved).services or {})
+@pytest.fixture
+def compose(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Have podman-compose resolve variables, merges and profiles. It asks podman for its version, and nothing else."""
+    podman = tmp_path / "podman"
+    podman.write_text("#!/bin/sh\necho podman version 5.0.0\n")
+    podman.chmod(0o755)
+    command = [Path(sys.executable).with_name("podman-compose"), "-f", COMPOSE, "--profile", "gpu", "config"]
+
+    def resolve(**variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": f"{tmp_path}{os.pathsep}/usr/bin:/bin", **variables}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    return resolve
+
+
+def test_the_compose_file_keeps_to_the_specification(
+    compose: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    asked = set(re.findall(r"\$\{(\w+):\?", COMPOSE.read_text()))
+    resolved = compose(**dict.fromkeys(asked, "value"))
+    assert resolved.returncode == 0, resolved.stderr
+    services = compose_spec.PyCompose.from_yaml(resolved.stdout).services or {}
+    assert {"postgres", "s3", "mlflow", "prefect", "parent", "worker-cpu", "worker-gpu"} <= set(services)
+
+
+def test_compose_does_not_start_without_a_password(compose: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    refused = compose()
+    assert refused.returncode != 0
+    assert "set it in infra/.env" in refused.stderr
 
 
 def test_compose_binds_to_loopback_and_takes_every_password_from_outside() -> None:
