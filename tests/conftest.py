@@ -14,10 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 import yaml
-from preloaded import preloaded
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,6 +107,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(places[item]) if places[item] in LONG else len(LONG))
 
 
+def pytest_sessionfinish() -> None:
+    forks.end()
+
+
 class Recorder:
     """A run that remembers what a stage reported: the last value of each metric, all steps, tags, and files."""
 
@@ -159,10 +163,9 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def programs() -> Path:
     """A folder with `python`, `koala` and what else lies beside this Python: they start at once, as tests/preloaded.py says."""
-    with preloaded(tmp_path_factory.mktemp("programs")) as folder:
-        yield folder
+    return forks.programs()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ os.environ |= QUIET
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 for module in (
+    "accelerate.commands.launch",
     "PIL.AvifImagePlugin",
     "PIL.BmpImagePlugin",
     "PIL.GifImagePlugin",
@@ -54,9 +55,20 @@ for module in (
     "koala.teacher.tiny",
     "koala.unet.student",
     "matplotlib.backends.backend_agg",
+    "mlflow.cli",
+    "mlflow.server",
     "pandas",
     "polars",
+    "prefect.cli",
+    "prefect.engine",
+    "prefect.server.api.server",
+    "prefect.workers.process",
     "pyarrow.dataset",
+    "torch._inductor.compile_fx",
+    "torch.distributed.algorithms.ddp_comm_hooks.default_hooks",
+    "torch.distributed.fsdp",
+    "torch.distributed.run",
+    "torch.distributed.tensor",
     "transformers.models.bert.tokenization_bert",
     "transformers.models.blip.image_processing_pil_blip",
     "transformers.models.blip.modeling_blip",
