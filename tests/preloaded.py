@@ -25,7 +25,10 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 _CALLER = """#!{python} -SE
 import os, sys
@@ -35,8 +38,9 @@ if name == "python":
         if sys.argv.pop(1) == "-u":
             os.environ["PYTHONUNBUFFERED"] = "1"
     first, second = [*sys.argv[1:3], "", ""][:2]
-    forked = second not in {real!r} if first == "-m" else first == "-c" or first[:1] not in ("", "-")
-    if not forked:
+    # They look for processes among their own descendants, which a forked process is not.
+    own = second == "flows.processes" or second == "dvc" and "repro" in sys.argv
+    if own if first == "-m" else first[:1] in ("", "-") and first != "-c":
         os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 import array, json, signal, socket
 files = []
@@ -69,8 +73,6 @@ os._exit(status)
 _BESIDE = Path(sys.executable).parent
 _MOST_FILES = 250  # that a message can carry
 _PROGRAMS = ("koala", "mlflow", "prefect", "python")
-# They look for processes among their own descendants, which a forked process is not.
-_REAL = ("dvc", "flows.processes")
 
 
 @contextmanager
@@ -91,7 +93,7 @@ def preloaded(folder: Path) -> Iterator[Path]:
         for name in _PROGRAMS:
             program = folder / name
             program.unlink()
-            program.write_text(_CALLER.format(python=sys.executable, address=str(address), real=_REAL))
+            program.write_text(_CALLER.format(python=sys.executable, address=str(address)))
             program.chmod(0o755)
         assert server.stdout
         assert server.stdout.readline() == "ready\n"
@@ -220,8 +222,7 @@ def _end_with(call: socket.socket) -> None:
 def _run(name: str, arguments: list[str]) -> None:
     """Do what a fresh Python, or `koala`, does with these arguments."""
     sys.path[1:1] = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    if name == "prefect" or any(part in argument for argument in arguments[:2] for part in ("flows", "prefect")):
-        _set_up_prefect()
+    sys.meta_path.insert(0, _Prefect())
     if name != "python":
         sys.argv = [sys.executable.removesuffix("python") + name, *arguments]
         runpy.run_path(str(_BESIDE / name), run_name="__main__")
@@ -243,13 +244,28 @@ def _run(name: str, arguments: list[str]) -> None:
         runpy.run_path(arguments[0], run_name="__main__")
 
 
-def _set_up_prefect() -> None:
-    """Do what Prefect does when it is imported: read this process's settings, and set up its logs."""
-    from prefect.context import refresh_global_settings_context
-    from prefect.logging.configuration import setup_logging
+class _Prefect(MetaPathFinder, Loader):
+    """Prefect, loaded but not imported yet: at that moment it reads the process's settings, and sets up its logs."""
 
-    refresh_global_settings_context()
-    setup_logging(incremental=False)
+    def __init__(self) -> None:
+        self._loaded = {name: sys.modules.pop(name) for name in list(sys.modules) if f"{name}.".startswith("prefect.")}
+
+    def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name == "prefect" else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        self._spec = self._loaded["prefect"].__spec__
+        return self._loaded["prefect"]
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.meta_path.remove(self)
+        module.__spec__ = self._spec
+        sys.modules |= self._loaded
+        from prefect.context import refresh_global_settings_context
+        from prefect.logging.configuration import setup_logging
+
+        refresh_global_settings_context()
+        setup_logging(incremental=False)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ for module in (
     "prefect.server.api.server",
     "prefect.workers.process",
     "pyarrow.dataset",
+    "s3fs",
     "torch._inductor.compile_fx",
     "torch.distributed.algorithms.ddp_comm_hooks.default_hooks",
     "torch.distributed.fsdp",
