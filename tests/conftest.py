@@ -86,15 +86,19 @@ SLOW = (
 
 # Files that take longest, the longest first: begun first, they leave no worker alone with one at the end.
 LONG = (
-    "flows/test_serve.py",
-    "flows/test_pools.py",
-    "flows/test_distill.py",
     "pipeline/test_smoke.py",
+    "flows/test_pools.py",
     "distill/test_machines.py",
-    "distill/test_launch.py",
     "distill/test_resume.py",
+    "distill/test_launch.py",
+    "data/test_download.py",
     "flows/test_watch.py",
+    "flows/test_distill.py",
+    "flows/test_serve.py",
+    "publish/test_targets.py",
+    "flows/test_promote.py",
     "bench/test_bench.py",
+    "distill/test_memory.py",
     "evaluate/test_evaluate.py",
 )
 
