@@ -14,10 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 import yaml
-from preloaded import preloaded
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,15 +86,19 @@ SLOW = (
 
 # Files that take longest, the longest first: begun first, they leave no worker alone with one at the end.
 LONG = (
-    "flows/test_serve.py",
-    "flows/test_pools.py",
-    "flows/test_distill.py",
     "pipeline/test_smoke.py",
+    "flows/test_pools.py",
     "distill/test_machines.py",
-    "distill/test_launch.py",
     "distill/test_resume.py",
+    "distill/test_launch.py",
+    "data/test_download.py",
     "flows/test_watch.py",
+    "flows/test_distill.py",
+    "flows/test_serve.py",
+    "publish/test_targets.py",
+    "flows/test_promote.py",
     "bench/test_bench.py",
+    "distill/test_memory.py",
     "evaluate/test_evaluate.py",
 )
 
@@ -105,6 +109,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if place.startswith(SLOW):
             item.add_marker("slow")
     items.sort(key=lambda item: LONG.index(places[item]) if places[item] in LONG else len(LONG))
+
+
+def pytest_sessionfinish() -> None:
+    forks.end()
 
 
 class Recorder:
@@ -159,10 +167,9 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def programs() -> Path:
     """A folder with `python`, `koala` and what else lies beside this Python: they start at once, as tests/preloaded.py says."""
-    with preloaded(tmp_path_factory.mktemp("programs")) as folder:
-        yield folder
+    return forks.programs()
 
 
 @pytest.fixture

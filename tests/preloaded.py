@@ -1,6 +1,6 @@
 """Python without its seconds of imports: each process is forked from one that has imported what koala's processes import.
 
-    with preloaded(folder) as programs:    # a folder with `koala` and `python`, and what lies beside this Python
+    with preloaded(folder) as programs:    # a folder with `koala`, `python` and others, and what lies beside this Python
 
 A call has the arguments, environment, working directory and open files of whoever made it, and is a process of its own. What
 the caller holds is a small program that passes SIGTERM and SIGINT on, ends as the call ends, and takes the call with it
@@ -25,15 +25,23 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 _CALLER = """#!{python} -SE
 import os, sys
 name = os.path.basename(sys.argv[0])
-if sys.argv[1:2] == ["-B"]:
-    del sys.argv[1]
-if name != "koala" and (len(sys.argv) < 2 or sys.argv[1].startswith("-") and sys.argv[1] not in ("-m", "-c")):
-    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+if name == "python":
+    while sys.argv[1:2] in (["-B"], ["-u"]):
+        if sys.argv.pop(1) == "-u":
+            os.environ["PYTHONUNBUFFERED"] = "1"
+    first, second = [*sys.argv[1:3], "", ""][:2]
+    # They look for processes among their own descendants, which a forked process is not.
+    own = second == "flows.processes" or second == "dvc" and "repro" in sys.argv
+    if own if first == "-m" else first[:1] in ("", "-") and first != "-c":
+        os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 import array, json, signal, socket
 files = []
 for file in map(int, os.listdir("/proc/self/fd")):
@@ -62,7 +70,9 @@ if status < 0:
 os._exit(status)
 """
 
+_BESIDE = Path(sys.executable).parent
 _MOST_FILES = 250  # that a message can carry
+_PROGRAMS = ("koala", "mlflow", "prefect", "python")
 
 
 @contextmanager
@@ -70,7 +80,6 @@ def preloaded(folder: Path) -> Iterator[Path]:
     """Make `folder` one of programs inside the block. Calls that still run at its end are killed."""
     place = Path(tempfile.mkdtemp(prefix="koala-"))  # a socket's path is short
     address = place / "calls"
-    beside = Path(sys.executable).parent
     server = subprocess.Popen(
         [sys.executable, __file__, str(address), str(folder)],
         stdin=subprocess.PIPE,
@@ -79,9 +88,9 @@ def preloaded(folder: Path) -> Iterator[Path]:
         start_new_session=True,
     )
     try:
-        for program in beside.iterdir():
+        for program in _BESIDE.iterdir():
             (folder / program.name).symlink_to(program)
-        for name in ("koala", "python"):
+        for name in _PROGRAMS:
             program = folder / name
             program.unlink()
             program.write_text(_CALLER.format(python=sys.executable, address=str(address)))
@@ -213,11 +222,10 @@ def _end_with(call: socket.socket) -> None:
 def _run(name: str, arguments: list[str]) -> None:
     """Do what a fresh Python, or `koala`, does with these arguments."""
     sys.path[1:1] = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    if name == "koala":
-        from koala.cli import main
-
-        sys.argv = ["koala", *arguments]
-        main()
+    sys.meta_path.insert(0, _Prefect())
+    if name != "python":
+        sys.argv = [sys.executable.removesuffix("python") + name, *arguments]
+        runpy.run_path(str(_BESIDE / name), run_name="__main__")
     elif arguments[0] == "-m":
         sys.path[0] = os.getcwd()
         sys.argv = arguments[1:]
@@ -234,6 +242,30 @@ def _run(name: str, arguments: list[str]) -> None:
         sys.path[0] = str(Path(arguments[0]).resolve().parent)
         sys.argv = arguments
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+class _Prefect(MetaPathFinder, Loader):
+    """Prefect, loaded but not imported yet: at that moment it reads the process's settings, and sets up its logs."""
+
+    def __init__(self) -> None:
+        self._loaded = {name: sys.modules.pop(name) for name in list(sys.modules) if f"{name}.".startswith("prefect.")}
+
+    def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name == "prefect" else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        self._spec = self._loaded["prefect"].__spec__
+        return self._loaded["prefect"]
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.meta_path.remove(self)
+        module.__spec__ = self._spec
+        sys.modules |= self._loaded
+        from prefect.context import refresh_global_settings_context
+        from prefect.logging.configuration import setup_logging
+
+        refresh_global_settings_context()
+        setup_logging(incremental=False)
 
 
 if __name__ == "__main__":

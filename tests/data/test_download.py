@@ -349,6 +349,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
+@pytest.mark.usefixtures("forked")
 def test_of_a_changed_list_only_new_urls_are_asked_for(
     out: Path, counting: SimpleNamespace, recorder: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -428,6 +429,7 @@ def test_a_full_disk_is_said_and_the_next_run_resumes(out: Path, server: ShapesS
         assert [sample.meta["url"] for sample in read_shards(out)] == urls_of(table)
 
 
+@pytest.mark.usefixtures("forked")
 def test_killed_again_and_again_it_fetches_each_image_once(out: Path, server: ShapesServer, recorder: Any) -> None:
     """Compared by samples: img2dataset's tar files hold times."""
     port = server.server_address[1]

@@ -9,8 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -19,6 +20,7 @@ from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_se
 from prefect.testing.utilities import prefect_test_harness
 from ranks import free_port
 
+from flows import deployments
 from flows.processes import carrying
 from flows.services import prefect_server
 from koala.provenance import git_commit
@@ -161,10 +163,13 @@ def mlflow_store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) ->
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SyncPrefectClient, Path]]:
+def server(tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Iterator[tuple[SyncPrefectClient, Path]]:
     """One Prefect server for all flows that need none of their own, and a copy of its database while that is empty."""
     copy = tmp_path_factory.mktemp("prefect") / "prefect.db"
-    with prefect_test_harness(server_startup_timeout=120), get_client(sync_client=True) as client:
+    with ExitStack() as stack:
+        with patch.object(sys, "executable", str(programs / "python")):
+            stack.enter_context(prefect_test_harness(server_startup_timeout=120))
+        client = stack.enter_context(get_client(sync_client=True))
         url = get_current_settings().server.database.connection_url
         assert url
         with (
@@ -195,6 +200,12 @@ def outside(project: Path, mlflow_store: str, tmp_path: Path) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     own = {"HOME": str(tmp_path), "PYTHONPATH": path, "MLFLOW_TRACKING_URI": mlflow_store}
     return {**kept, **own, "PREFECT_WORKER_QUERY_SECONDS": "1"}
+
+
+@pytest.fixture
+def forked(forked: None, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have Prefect's command forked too, where this process calls it."""
+    monkeypatch.setattr(deployments, "PREFECT", str(programs / "prefect"))
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -190,7 +189,7 @@ def test_a_release_is_traceable_to_its_run(reproduced: str, project: Path) -> No
 
 
 def test_the_flow_finds_it_all_done_and_says_where_things_are(reproduced: str, run: Run) -> None:
-    said = run(sys.executable, "-m", "flows.distill", "--profile", "smoke", "koala-700m")
+    said = run("python", "-m", "flows.distill", "--profile", "smoke", "koala-700m")
     assert "Running stage" not in said
     assert "koala-700m before distillation" in said
     assert "attributes right" in said
