@@ -64,7 +64,7 @@ def test_a_stopped_run_resumes_in_the_same_run_of_mlflow(
     distillable: Path, change_params: ChangeParams, request: pytest.FixtureRequest
 ) -> None:
     """SIGTERM to the stage's process only: it saves, leaves nothing behind, and the next run has no seam."""
-    change_params(distill={**RECIPE, "steps": 40}, machine={**MACHINE, "checkpoint_every": 1000, "validate_every": 20})
+    change_params(distill={**RECIPE, "steps": 24}, machine={**MACHINE, "checkpoint_every": 1000, "validate_every": 12})
     state = state_of_work()
     process = start()
     wait_for(3, process, state)
@@ -75,7 +75,7 @@ def test_a_stopped_run_resumes_in_the_same_run_of_mlflow(
     assert not any(child.is_running() and child.status() != "zombie" for child in children)
     (saved,) = checkpoints(state)
     stopped_at = int(saved.name.removeprefix("step-"))
-    assert 3 <= stopped_at < 40
+    assert 3 <= stopped_at < 24
 
     request.getfixturevalue("forked")  # what started by itself once starts sooner now
     process = start()
@@ -89,7 +89,7 @@ def test_a_stopped_run_resumes_in_the_same_run_of_mlflow(
     assert run.info.status == "FINISHED"
     assert run.data.metrics["images_per_second"] > 0
     steps = [metric.step for metric in client.get_metric_history(run_id, "loss/total")]
-    assert steps == list(range(1, 41))
+    assert steps == list(range(1, 25))
     assert any("validation" in file.path for file in client.list_artifacts(run_id, "images"))
     assert not state.exists()
     names = {path.name for path in out.iterdir()}
@@ -140,7 +140,8 @@ def test_the_launch_file_alone_sets_the_number_of_processes(
 ) -> None:
     """Two processes by accelerate's own launcher give the curve of one."""
     monkeypatch.chdir(ROOT)
-    job = make_job(machine={"launch": f"infra/accelerate/{launch}.yaml"}, schedule="constant", warmup=20)
+    machine = {"launch": f"infra/accelerate/{launch}.yaml", "checkpoint_every": 8}
+    job = make_job(machine=machine, schedule="constant", warmup=20)
     one = make_job("one", schedule="constant", warmup=20)
     Training(one).wait()
     distill(job.config, job.latents, artifacts.captions, job.teacher, job.student, tmp_path / "out", recorder)

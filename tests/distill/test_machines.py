@@ -21,9 +21,14 @@ MACHINES = list(yaml.safe_load((ROOT / "params.yaml").read_text())["machines"])
 
 
 def of_machine(make_job: Callable, name: str, machine: str, **changes: object) -> object:
-    """A job of the small recipe with a machine's settings, small enough for tests: two buckets, a bf16 teacher."""
+    """A job of the small recipe with a machine's settings, small enough for tests: two buckets, a bf16 teacher.
+
+    Residual blocks are compiled on machines of one process: dynamo takes a second for each, in every rank.
+    """
     settings = load(ROOT / "params.yaml", machine=machine).distill("koala-700m").machine
+    one = launch_settings.read(settings.launch).processes == 1
     small = {
+        "compile": settings.compile if one else settings.compile[:1],
         "micro_batch": 2,
         "checkpoint_every": 2,
         "log_every": 1,

@@ -174,11 +174,10 @@ def test_only_the_last_checkpoints_are_kept(uncut: Path) -> None:
     assert [path.name for path in checkpoints(uncut)] == ["step-00000006", "step-00000008"]
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_equal_one(make_job: MakeJob, uncut: Path, sharded: bool) -> None:
-    """The same global batch gives the same curve within fp32 rounding, whoever computes it, sharded or not."""
+def test_two_processes_equal_one(make_job: MakeJob, uncut: Path) -> None:
+    """The same global batch gives the same curve within fp32 rounding, whoever computes it. Sharded: in test_launch.py."""
     job = make_job()
-    training = Training(job, 2, sharded)
+    training = Training(job, 2)
     training.wait()
     assert training.counts() == [2]
     alike(job.state, uncut)

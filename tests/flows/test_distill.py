@@ -200,7 +200,7 @@ def test_the_program_stops_on_sigterm_without_a_trace(
     program.send_signal(signal.SIGTERM)
     assert program.wait(30) == 128 + signal.SIGTERM
     assert lingering.saved
-    assert lingering.left() == []
+    lingering.wait_until_gone(10)
     assert [process for process in family if process.is_running()] == []
 
 
@@ -227,7 +227,7 @@ def test_the_program_is_killed_and_interrupted_without_a_trace_and_resumes(
     program.wait()
     psutil.wait_procs(family, timeout=20)
     assert [process for process in family if process.is_running()] == []
-    assert lingering.left() == []
+    lingering.wait_until_gone(10)
     assert states(project, "flow_run") == [f"distill koala-a {commit(project)[:7]}: by hand RUNNING"]
     assert "heat RUNNING" in states(project, "task_run")
 
@@ -236,7 +236,7 @@ def test_the_program_is_killed_and_interrupted_without_a_trace_and_resumes(
     program, family = begin()
     os.killpg(program.pid, signal.SIGINT)
     assert program.wait(30) == 2
-    assert lingering.left() == []
+    lingering.wait_until_gone(10)
     assert [process for process in family if process.is_running()] == []
     log = (project / "log").read_text()
     assert log.splitlines()[-1] == "distill: stopped: run the same command again to resume"

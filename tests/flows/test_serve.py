@@ -101,7 +101,7 @@ def test_runs_are_cancelled_and_lost_and_ended_without_a_trace(
         run()
     serve.send_signal(signal.SIGTERM)
     assert serve.wait(90) == 0, log.read_text()
-    assert lingering.left() == []
+    lingering.wait_until_gone(10)
     assert lingering.saved
     assert "Finished in state Crashed" in log.read_text()
     assert carrying(MARK, str(project)) == []  # neither service nor run
