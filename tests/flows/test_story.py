@@ -16,8 +16,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
@@ -213,6 +215,7 @@ def test_four_days(
     machines: Any,
     parent: Callable[[], None],
     web: str,
+    prefect: str,
     strict_bucket: Any,
     tmp_path: Path,
 ) -> None:
@@ -238,6 +241,8 @@ def test_four_days(
     strict_bucket.put_object(Bucket="koala", Key="lists/pictures.csv", Body=pictures(web, 120))
     team.changes(lambda document: configure(document, web))
     (team.checkout / "source.lock.yaml").write_text("{}\n")
+    template = team.checkout / "infra/prefect.yaml"
+    template.write_text(template.read_text().replace("        enabled: false\n", "        enabled: true\n"))
     for command in (
         ("git", "init", "--quiet", "--initial-branch=main"),
         ("git", "add", "--all"),
@@ -260,8 +265,16 @@ def test_four_days(
     # Day 2: the list grows.
     team.note("## Day 2")
     strict_bucket.put_object(Bucket="koala", Key="lists/pictures.csv", Body=pictures(web, 150))
-    team.types("prefect", "deployment", "run", "watch/data", "--param", "because=the nightly list", "--watch")
-    watched = runs_of("data")[0]
+    event = {
+        "id": str(uuid4()),
+        "occurred": datetime.now(UTC).isoformat(),
+        "event": "koala.data.changed",
+        "resource": {"prefect.resource.id": "koala.data"},
+        "payload": {"what": LIST},
+    }
+    header = "Content-Type: application/json"
+    team.types("curl", "-sS", "--fail", f"{prefect}/events", "--header", header, "--data", json.dumps([event]))
+    watched = until("data", "Completed", 1, 200, logs)
     team.note(f"{watched.name}: {watched.state.message}")
     retrained = until(STUDENT, "Completed", 2, 900, logs)
     team.note(f"{retrained.name}: {retrained.state.message}")
