@@ -230,6 +230,16 @@ def test_what_comes_of_a_fault(server: Server, name: str, answer: Answer, cause:
     assert len(server.asked) == times
 
 
+def test_redirects_share_one_deadline(server: Server) -> None:
+    def slow(handler: Handler) -> None:
+        time.sleep(0.3)
+        redirect("/slow/x.png")(handler)
+
+    server.answers["slow"] = slow  # six requests take longer than the deadline, each of them does not
+    found = fetcher(server, timeout=5, retries=0).fetch(f"http://{server.place}/slow/x.png")
+    assert found == (None, "deadline")
+
+
 # Who asks, and how.
 
 
