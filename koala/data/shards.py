@@ -8,6 +8,7 @@ samples give equal bytes, so that DVC sees no change.
 
 import io
 import json
+import math
 import os
 import tarfile
 from collections.abc import Container, Iterable, Iterator
@@ -34,7 +35,28 @@ class Sample:
     caption: str
     """Caption; empty if the shard has none."""
     meta: dict[str, Any]
-    """img2dataset's JSON (url, width, height, original_width, original_height, sha256 of the fetched file) with scores."""
+    """img2dataset's JSON (url, width, height, original_width, original_height, sha256 of the fetched file) with scores. In other
+    people's shards its values are anything: `text`, `number` and `recorded_size` read them."""
+
+    def text(self, name: str) -> str | None:
+        """Return a value of the metadata as text of valid Unicode, None where there is none."""
+        value = self.meta.get(name)
+        return None if value is None else str(value).encode(errors="replace").decode()
+
+    def number(self, name: str) -> float:
+        """Return a value of the metadata as a number, NaN where it is none."""
+        value = self.meta.get(name)
+        try:
+            return float(value) if isinstance(value, int | float) else math.nan
+        except OverflowError:
+            return math.nan
+
+    @property
+    def recorded_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels before the download resized the image, if recorded."""
+        found = [self.meta.get(f"original_{side}") for side in ("height", "width")]
+        sizes = [int(side) for side in found if isinstance(side, int | float) and 0 < side < 2**31]
+        return (sizes[0], sizes[1]) if len(sizes) == 2 else None
 
 
 def shards(folder: Path) -> list[Path]:
