@@ -121,7 +121,7 @@ def index(shard: Path) -> list[Place]:
     """Return the places of a shard's samples, ordered by key, by reading the headers of its members only.
 
     Keys are webdataset's: a member's path up to the first dot of its file name. Raises KoalaError if the shard is no whole
-    tar file.
+    tar file, or two members have one name: one would be lost.
     """
     members: dict[str, dict[str, Span]] = {}
     try:
@@ -131,7 +131,10 @@ def index(shard: Path) -> list[Place]:
                 folder, slash, name = member.name.encode(errors="backslashreplace").decode().rpartition("/")
                 stem, _, extension = name.partition(".")
                 if member.isfile() and stem:
-                    members.setdefault(folder + slash + stem, {})[extension.lower()] = (member.offset_data, member.size)
+                    parts = members.setdefault(folder + slash + stem, {})
+                    if extension.lower() in parts:
+                        raise KoalaError(f"{shard} holds {member.name!r} twice: make it again with names of their own")
+                    parts[extension.lower()] = (member.offset_data, member.size)
     except FileNotFoundError:
         raise KoalaError(f"{shard} is missing: restore it, or make it again") from None
     except (tarfile.TarError, EOFError):

@@ -137,6 +137,15 @@ def test_members_without_an_image_are_no_sample(members: dict, tmp_path: Path) -
     assert list(read_shard(tmp_path / "x.tar")) == []
 
 
+@pytest.mark.parametrize("again", ["1.jpg", "1.JPG", "1.txt"])
+def test_a_name_that_comes_twice_is_said(again: str, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("1.jpg", "1.txt", again):
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    with pytest.raises(KoalaError, match=rf"x.tar holds '{again}' twice"):
+        list(read_shard(tmp_path / "x.tar"))
+
+
 def test_names_that_lead_out_of_the_folder_write_nothing(tmp_path: Path) -> None:
     tar_of(tmp_path / "x.tar", {"../../out.jpg": b"x", "/tmp/out2.jpg": b"y"})
     assert len(list(read_shard(tmp_path / "x.tar"))) == 2
