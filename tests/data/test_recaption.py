@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from koala.data.captions.config import RecaptionConfig, RecaptionMachine
 from koala.data.recaption import COLUMNS, recaption
 from koala.data.shards import Sample, ShardWriter
 from koala.errors import KoalaError
-from koala.run import NoRun
+from koala.run import STATE, NoRun
 
 
 def vit_gpt2(folder: Path, teacher: Path) -> None:
@@ -203,6 +204,8 @@ def test_what_is_finished_is_not_captioned_again(out: Path, kept: Path, recipe, 
     assert seen == [2, 1]
     assert [file.name for file in out.glob("*.parquet")] == ["00000.parquet"]
     first = (out / "00000.parquet").stat().st_mtime_ns
+    with pytest.raises(KoalaError, match="work of another recipe"):
+        recaption(recipe(max_tokens=7), kept, out, NoRun())
     recaption(recipe(), kept, out, NoRun())
     assert (out / "00000.parquet").stat().st_mtime_ns == first
     Path("whole").mkdir()
@@ -228,6 +231,7 @@ def test_a_model_that_cannot_be_had_is_one_line(
     for folder in (str(tiny_clip), "nowhere"):
         with pytest.raises(KoalaError, match=line):
             recaption(RecaptionConfig(model=folder), kept, out, NoRun())
+        shutil.rmtree(out / STATE)
 
 
 def test_settings_without_a_model_are_refused() -> None:

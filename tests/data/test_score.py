@@ -242,6 +242,8 @@ def test_what_is_finished_is_not_computed_again(out: Path, recipe, embedded: Cou
             score(recipe(), folder, out, NoRun())
     assert [file.name for file in out.glob("*.parquet")] == ["00000.parquet"]
     first = (out / "00000.parquet").stat().st_mtime_ns
+    with pytest.raises(KoalaError, match="other inputs, which is not resumed"):
+        score(recipe(), write(Path("others"), [colour(number) for number in range(12, 24)]), out, NoRun())
     score(recipe(), folder, out, NoRun())
     assert sum(embedded) == 12
     assert (out / "00000.parquet").stat().st_mtime_ns == first
