@@ -187,6 +187,12 @@ FAULTS: list[tuple[str, Answer, str | None, int]] = [
         None,
         2,
     ),
+    (
+        "noai in a header of its own",
+        raw(HEAD + b"X-Robots-Tag: nofollow\r\nX-Robots-Tag: noai\r\n\r\n", IMAGE),
+        "opted out of AI training",
+        1,
+    ),
     ("TDM reserved", opted_out(TDM_Reservation="1"), "opted out of AI training", 1),
     ("TDM not reserved", opted_out(TDM_Reservation="0"), None, 1),
     ("usage: no training", opted_out(Content_Usage="train-ai=n"), "opted out of AI training", 1),

@@ -15,6 +15,7 @@ from captioner import LAYERS, VISION, WORDS, blip
 from PIL import Image
 from pydantic import ValidationError
 
+from koala.data import manifest
 from koala.data.captions.captioner import Captioner
 from koala.data.captions.config import RecaptionConfig, RecaptionMachine
 from koala.data.recaption import COLUMNS, recaption
@@ -213,7 +214,15 @@ def test_what_is_finished_is_not_captioned_again(out: Path, kept: Path, recipe, 
     assert rows(out) == rows(Path("whole"))
 
 
-@pytest.mark.slow
+def test_an_image_that_changed_under_its_manifest_is_named(out: Path, kept: Path, recipe) -> None:
+    manifest.write(kept)
+    shard = kept / "00001.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"an old caption 5", b"a new caption 5!"))
+    with pytest.raises(KoalaError, match=r"00001.tar has another content than manifest.json says"):
+        recaption(recipe(), kept, out, NoRun())
+    assert [file.name for file in out.glob("*.parquet")] == ["00000.parquet"]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked")
 def test_two_processes_give_what_one_gives(out: Path, kept: Path, recipe) -> None:
