@@ -75,6 +75,7 @@ def histogram(
     axes.set_title(drawable(title), fontsize="medium", loc="left", parse_math=False)
     if whole:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.tick_params(labelsize="small")
     axes.spines[["top", "right"]].set_visible(False)

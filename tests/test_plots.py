@@ -35,3 +35,8 @@ def test_names_in_any_script_are_plotted_without_a_warning(tmp_path: Path) -> No
 def test_an_axis_of_whole_numbers_has_whole_marks() -> None:
     (axes,) = plots.histogram([-0.5, 0.5], {"kept": [1]}, [], "urls", whole=True).axes
     assert all(tick == round(tick) for tick in axes.get_xticks())
+
+
+def test_counts_have_whole_marks() -> None:
+    (axes,) = plots.histogram([0, 1], {"kept": [15]}, [], "language_probability").axes  # 2.5 would be shown as 2
+    assert all(tick == round(tick) for tick in axes.get_yticks())
