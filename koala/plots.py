@@ -1,14 +1,19 @@
-"""Plots of counts, and images laid out in sheets and grids. Text from the web is shown literally, never as TeX."""
+"""Plots of counts, and images laid out in sheets and grids. Text from the web is shown literally, never as TeX.
 
-from collections.abc import Mapping, Sequence
+All text is drawn with matplotlib's own DejaVu Sans, so that equal content gives equal bytes whatever fonts a machine has.
+"""
+
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
+from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # Pixels.
 _MARGIN = 6
@@ -27,7 +32,7 @@ def bars(counts: Mapping[str, int], unit: str, title: str) -> "Figure":
     axes = figure.subplots()
     drawn = axes.barh(range(len(counts)), list(counts.values()))
     axes.bar_label(drawn, padding=3)
-    axes.set_yticks(range(len(counts)), list(counts))
+    axes.set_yticks(range(len(counts)), list(map(drawable, counts)))
     for label in axes.get_yticklabels():
         label.set_parse_math(False)
     axes.invert_yaxis()
@@ -38,7 +43,7 @@ def bars(counts: Mapping[str, int], unit: str, title: str) -> "Figure":
 
 
 def histogram(
-    edges: Sequence[float], counts: Mapping[str, Sequence[int]], lines: Sequence[float], title: str
+    edges: Sequence[float], counts: Mapping[str, Sequence[int]], lines: Sequence[float], title: str, whole: bool = False
 ) -> "Figure":
     """Plot counts of samples by a value: the bars of each name of `counts` on those of the names before it.
 
@@ -47,8 +52,10 @@ def histogram(
         counts: Name -> samples in each bin.
         lines: Values that are marked.
         title: What the value is.
+        whole: Whether only whole numbers are marked on its axis.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4.2, 2.4), layout="constrained", dpi=150)
     axes = figure.subplots()
@@ -65,7 +72,10 @@ def histogram(
         below = [a + b for a, b in zip(below, series, strict=True)]
     for line in lines:
         axes.axvline(line, color="#1b1b1b", linewidth=1.2, linestyle="--")
-    axes.set_title(title, fontsize="medium", loc="left", parse_math=False)
+    axes.set_title(drawable(title), fontsize="medium", loc="left", parse_math=False)
+    if whole:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.tick_params(labelsize="small")
     axes.spines[["top", "right"]].set_visible(False)
@@ -80,14 +90,14 @@ def contact_sheet(images: Sequence[tuple[Image.Image, str]], across: int = 8) ->
     height = _SHEET_CELL + _SHEET_LINES * _SHEET_LINE_HEIGHT + 2 * _MARGIN
     sheet = Image.new("RGB", (across * width + _MARGIN, rows * height + _MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(_SHEET_LINE_HEIGHT - 2)
+    font = ImageFont.truetype(_font_file(), _SHEET_LINE_HEIGHT - 3)
     for index, (image, text) in enumerate(images):
         row, column = divmod(index, across)
         x, y = _MARGIN + column * width, _MARGIN + row * height
         scale = _SHEET_CELL / max(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         sheet.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (x, y))
-        for line, words in enumerate(_wrap(text[:400], _SHEET_CELL, font)[:_SHEET_LINES]):
+        for line, words in enumerate(_wrap(drawable(text[:400]), _SHEET_CELL, font)[:_SHEET_LINES]):
             pen.text((x, y + _SHEET_CELL + 2 + line * _SHEET_LINE_HEIGHT), words, "black", font)
     return sheet
 
@@ -97,9 +107,9 @@ def grid(prompts: Sequence[str], columns: Mapping[str, Sequence[Image.Image]]) -
     side = next(iter(columns.values()))[0].width
     enlarge = max(1, -(-_SMALLEST_CELL // side))
     cell = side * enlarge
-    font = ImageFont.load_default(13)
+    font = ImageFont.truetype(_font_file(), 12)
     step = cell + _MARGIN
-    titles = ["\n".join(_wrap(label, cell, font)) for label in columns]
+    titles = ["\n".join(_wrap(drawable(label), cell, font)) for label in columns]
     header = 2 * _MARGIN + 16 * max(title.count("\n") + 1 for title in titles)
     sheet = Image.new("RGB", (_TEXT_WIDTH + step * len(columns) + _MARGIN, header + step * len(prompts)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -109,7 +119,7 @@ def grid(prompts: Sequence[str], columns: Mapping[str, Sequence[Image.Image]]) -
         for row, image in enumerate(images):
             sheet.paste(image.resize((cell, cell), Image.Resampling.NEAREST), (left, header + step * row))
     for row, prompt in enumerate(prompts):
-        lines = _wrap(prompt, _TEXT_WIDTH - 2 * _MARGIN, font)[: cell // 16]
+        lines = _wrap(drawable(prompt), _TEXT_WIDTH - 2 * _MARGIN, font)[: cell // 16]
         pen.multiline_text((_MARGIN, header + step * row + _MARGIN), "\n".join(lines), "black", font, spacing=3)
     return sheet
 
@@ -128,7 +138,7 @@ def tiles(images: Sequence[Image.Image], across: int) -> Image.Image:
     return sheet
 
 
-def _wrap(text: str, width: int, font: Font) -> list[str]:
+def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     """Split text into lines of at most `width` pixels, longer words excepted."""
     lines: list[str] = []
     for word in text.split():
@@ -137,3 +147,32 @@ def _wrap(text: str, width: int, font: Font) -> list[str]:
         else:
             lines.append(word)
     return lines
+
+
+def drawable(text: str) -> str:
+    """Return text with the names of the scripts that the font lacks in their place, `(Hiragana)`: it would draw boxes."""
+    words = []
+    for script, letters in groupby(text, _missing):
+        words.append(f"({script.title()})" if script else "".join(letters))
+    return "".join(words)
+
+
+def _missing(character: str) -> str | None:
+    """Return the script of a character that the font lacks, which its name begins with."""
+    if ord(character) in _characters() or character.isspace():
+        return None
+    return unicodedata.name(character, "?").partition(" ")[0]
+
+
+@cache
+def _characters() -> Collection[int]:
+    """Return the characters of the font."""
+    from matplotlib.ft2font import FT2Font
+
+    return FT2Font(_font_file()).get_charmap().keys()
+
+
+def _font_file() -> str:
+    import matplotlib
+
+    return str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))

@@ -279,7 +279,7 @@ def test_dvc_tells_what_changed(finished: Path) -> None:
     prompts = changed(finished, params, replace("- a large red circle", "- a huge red circle"))
     assert prompts == {f"publish@{student}" for student in both}
     # And what does decide what is made is seen.
-    assert changed(finished, params, replace("learning_rate: 5.0e-4", "learning_rate: 6.0e-4")) == {
+    assert changed(finished, params, replace("learning_rate: 6.0e-4", "learning_rate: 7.0e-4")) == {
         f"distill@{student}" for student in both
     }
     row = changed(finished, params, replace("depth: {DW3: 6/10", "depth: {DW3: 7/10"))

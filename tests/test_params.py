@@ -48,7 +48,7 @@ def test_smoke_is_the_demo_with_fewer_steps() -> None:
     demo, smoke = load(ROOT / "params.yaml", "demo").recipe, load(ROOT / "params.yaml", "smoke").recipe
     assert smoke.filter.model_copy(update={"shard_size": demo.filter.shard_size}) == demo.filter
     assert smoke.encode == demo.encode
-    assert smoke.distill.model_copy(update={"steps": 500, "batch_size": 32, "held_out": 128}) == demo.distill
+    assert smoke.distill.model_copy(update={"steps": 400, "batch_size": 32, "held_out": 128}) == demo.distill
 
 
 def test_sampling_is_said_once(workspace: Path, edit) -> None:

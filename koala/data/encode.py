@@ -364,7 +364,7 @@ def prepare(place: Place, config: EncodeConfig, known: EarlierLatents | None = N
     except Exception:  # Pillow's decoders raise anything on broken bytes
         return Prepared(row | {"error": "cannot be decoded"}, None)
     crop, fitted = fit(image, row["identity"], config)
-    height, width = _recorded_size(sample) or (image.height, image.width)
+    height, width = sample.recorded_size or (image.height, image.width)
     row |= {
         "bucket_height": crop.bucket[0],
         "bucket_width": crop.bucket[1],
@@ -379,36 +379,23 @@ def prepare(place: Place, config: EncodeConfig, known: EarlierLatents | None = N
 
 def _of_metadata(sample: Sample) -> dict[str, Any]:
     """Return the columns that do not depend on the pixels."""
-    url, sha256 = sample.meta.get("url"), sample.meta.get("sha256")
     others = {name: value for name, value in sample.meta.items() if name not in _IN_COLUMNS}
     return {
         "key": sample.key,
         "caption": sample.caption,
-        "url": _text(url),
-        "sha256": _text(sha256),
+        "url": sample.text("url"),
+        "sha256": sample.text("sha256"),
         "identity": _identity(sample),
         "meta": json.dumps(others, sort_keys=True),
         "error": None,
     }
 
 
-def _text(value: Any) -> str | None:
-    """Return a value of untrusted JSON as valid Unicode."""
-    return None if value is None else str(value).encode(errors="replace").decode()
-
-
 def _identity(sample: Sample) -> str:
     """Return the hash of all in a sample from which its latent and placement follow: the image, and its recorded size."""
     digest = hashlib.sha256(sample.image)
-    digest.update(json.dumps(_recorded_size(sample)).encode())
+    digest.update(json.dumps(sample.recorded_size).encode())
     return digest.hexdigest()
-
-
-def _recorded_size(sample: Sample) -> Size | None:
-    """Return the size before the download resized the image, if recorded."""
-    found = [sample.meta.get(f"original_{side}") for side in ("height", "width")]
-    sizes = [int(side) for side in found if isinstance(side, int | float) and 0 < side < 2**31]
-    return (sizes[0], sizes[1]) if len(sizes) == 2 else None
 
 
 def fit(image: Image.Image, identity: str, config: EncodeConfig) -> tuple[Crop, Image.Image]:

@@ -174,5 +174,6 @@ def _plot(name: str, found: Histogram, bounds: Bounds, samples: int) -> bytes:
     inside = [line for line in lines if found.edges[0] <= line <= found.edges[-1]]
     title = f"{name[:_NAME]}: {', '.join(said)}" if said else name[:_NAME]
     content = io.BytesIO()
-    histogram(found.edges, {"kept": found.kept, "dropped": found.dropped}, inside, title).savefig(content, format="png")
+    figure = histogram(found.edges, {"kept": found.kept, "dropped": found.dropped}, inside, title, found.whole)
+    figure.savefig(content, format="png")
     return content.getvalue()

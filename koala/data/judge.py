@@ -6,6 +6,7 @@ finds duplicates.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ FACTS = pa.schema(
         "original_width": pa.int32(),
         "original_height": pa.int32(),
         "language": pa.string(),
+        "license": pa.string(),
     }
 )
 """Columns of a verdict that are known of a sample by itself. The measured values follow, float64."""
@@ -70,7 +72,9 @@ class _Job:
         files = [file.stat() for file in (self.shard, self.scores) if file]
         state = [(file.st_size, file.st_mtime_ns) for file in files]
         recipe = self.config.recipe()
-        return json.dumps([self.index, self.shard.name, state, recipe["rules"], recipe["quotas"], FINGERPRINTS.names])
+        return json.dumps(
+            [self.index, self.shard.name, state, recipe["rules"], recipe["quotas"], FACTS.names, FINGERPRINTS.names]
+        )
 
     def finished(self) -> bool:
         """Return whether the table is there."""
@@ -150,13 +154,14 @@ def judge(sample: Sample, config: FilterConfig) -> dict[str, Any]:
     width, height = original_size(sample, view)
     facts = {
         "key": sample.key,
-        "url": str(sample.meta.get("url") or ""),
+        "url": sample.text("url") or "",
         "caption": sample.caption,
         "rule": rule,
         "sha256": hashlib.sha256(sample.image).digest(),
         "original_width": width,
         "original_height": height,
         "language": _language(sample, config),
+        "license": sample.text("license") or sample.text("licence"),
         "fetched_sha256": _fetched(sample),
     }
     # Not a number: the value is missing.
@@ -173,15 +178,18 @@ def _counted(sample: Sample, judged: Mapping[str, Any], quotas: Sequence[Quota])
     found: dict[str, Any] = {}
     for index, quota in enumerate(quotas):
         value, best = quota_columns(index)
-        known = {
-            "host": urlsplit(judged["url"]).hostname if quota.by == "host" else None,
-            "language": judged["language"],
-        }
-        by = known.get(quota.by, sample.meta.get(quota.by))
-        score = sample.meta.get(quota.best) if quota.best else None
-        found[value.name] = None if by is None else str(by)
-        found[best.name] = float(score) if isinstance(score, int | float) and score == score else None
+        known = {"host": _host(judged["url"]), "language": judged["language"]}
+        score = sample.number(quota.best) if quota.best else math.nan
+        found[value.name] = known[quota.by] if quota.by in known else sample.text(quota.by)
+        found[best.name] = None if math.isnan(score) else score
     return found
+
+
+def _host(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:  # brackets that hold no address
+        return None
 
 
 def _language(sample: Sample, config: FilterConfig) -> str | None:

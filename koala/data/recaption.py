@@ -6,6 +6,7 @@ parquet file is in `out`: a killed run resumes after it. How training mixes both
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -25,7 +26,7 @@ from koala.data.executor import share, use_gpu
 from koala.data.picture import open_picture
 from koala.data.shards import Sample, read_shard, shards
 from koala.errors import KoalaError
-from koala.run import Run
+from koala.run import STATE, Run
 
 COLUMNS = pa.schema(
     {
@@ -47,6 +48,7 @@ def recaption(config: RecaptionConfig, kept: Path, out: Path, run: Run) -> None:
         if not files:
             raise KoalaError(f"{kept} holds no shards (.tar): run `dvc repro filter` again")
         manifest.check(kept)
+        manifest.resume(out, config, kept)
         pending = [file for file in files if not (out / f"{file.stem}.parquet").is_file()]
         work, machine = partial(_caption_shards, config, out), config.machine
         with share(work, pending, machine.processes, machine.engine) as finished:
@@ -55,7 +57,8 @@ def recaption(config: RecaptionConfig, kept: Path, out: Path, run: Run) -> None:
         stats = _summary([out / f"{file.stem}.parquet" for file in files])
     (out / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
     run.metrics(stats)
-    manifest.write(out)
+    manifest.write(out, *([kept] if config.model else []))
+    shutil.rmtree(out / STATE, ignore_errors=True)
 
 
 def _caption_shards(config: RecaptionConfig, out: Path, files: Sequence[Path], rank: int) -> Iterator[Path]:

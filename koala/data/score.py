@@ -44,6 +44,7 @@ def score(config: ScoreConfig, images: Path, out: Path, run: Run) -> None:
         if not files:
             raise KoalaError(f"{images} holds no shards (.tar): run `dvc repro download` again")
         manifest.check(images)
+        manifest.resume(out, config, images)
         pending = [file for file in files if not (out / f"{file.stem}.parquet").is_file()]
         work, machine = partial(_score_shards, config, out), config.machine
         with share(work, pending, machine.processes, machine.engine) as finished:
@@ -57,7 +58,7 @@ def score(config: ScoreConfig, images: Path, out: Path, run: Run) -> None:
         run.artifact(out / f"{name}.png")
     if stats["undecodable"]:
         say(f"score: {stats['undecodable']} of {stats['samples']} images cannot be decoded: their scores are null")
-    manifest.write(out)
+    manifest.write(out, *([images] if config.computes else []))
     shutil.rmtree(out / STATE, ignore_errors=True)
 
 

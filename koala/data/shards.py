@@ -8,6 +8,7 @@ samples give equal bytes, so that DVC sees no change.
 
 import io
 import json
+import math
 import os
 import tarfile
 from collections.abc import Container, Iterable, Iterator
@@ -34,7 +35,28 @@ class Sample:
     caption: str
     """Caption; empty if the shard has none."""
     meta: dict[str, Any]
-    """img2dataset's JSON (url, width, height, original_width, original_height, sha256 of the fetched file) with scores."""
+    """img2dataset's JSON (url, width, height, original_width, original_height, sha256 of the fetched file) with scores. In other
+    people's shards its values are anything: `text`, `number` and `recorded_size` read them."""
+
+    def text(self, name: str) -> str | None:
+        """Return a value of the metadata as text of valid Unicode, None where there is none."""
+        value = self.meta.get(name)
+        return None if value is None else str(value).encode(errors="replace").decode()
+
+    def number(self, name: str) -> float:
+        """Return a value of the metadata as a number, NaN where it is none."""
+        value = self.meta.get(name)
+        try:
+            return float(value) if isinstance(value, int | float) else math.nan
+        except OverflowError:
+            return math.nan
+
+    @property
+    def recorded_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels before the download resized the image, if recorded."""
+        found = [self.meta.get(f"original_{side}") for side in ("height", "width")]
+        sizes = [int(side) for side in found if isinstance(side, int | float) and 0 < side < 2**31]
+        return (sizes[0], sizes[1]) if len(sizes) == 2 else None
 
 
 def shards(folder: Path) -> list[Path]:
@@ -99,7 +121,7 @@ def index(shard: Path) -> list[Place]:
     """Return the places of a shard's samples, ordered by key, by reading the headers of its members only.
 
     Keys are webdataset's: a member's path up to the first dot of its file name. Raises KoalaError if the shard is no whole
-    tar file.
+    tar file, or two members have one name: one would be lost.
     """
     members: dict[str, dict[str, Span]] = {}
     try:
@@ -109,7 +131,10 @@ def index(shard: Path) -> list[Place]:
                 folder, slash, name = member.name.encode(errors="backslashreplace").decode().rpartition("/")
                 stem, _, extension = name.partition(".")
                 if member.isfile() and stem:
-                    members.setdefault(folder + slash + stem, {})[extension.lower()] = (member.offset_data, member.size)
+                    parts = members.setdefault(folder + slash + stem, {})
+                    if extension.lower() in parts:
+                        raise KoalaError(f"{shard} holds {member.name!r} twice: make it again with names of their own")
+                    parts[extension.lower()] = (member.offset_data, member.size)
     except FileNotFoundError:
         raise KoalaError(f"{shard} is missing: restore it, or make it again") from None
     except (tarfile.TarError, EOFError):

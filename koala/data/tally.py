@@ -30,7 +30,6 @@ _SAMPLED = 100_000  # samples by which the range of a histogram is chosen
 _OUTLIERS = 0.005  # share at either end that is counted in the outermost bins
 _RANDOM = "md5(key), key"  # an order by chance that is the same at each call
 _HOST = r"(?i)^[a-z][a-z0-9+.-]*://(?:[^/?#@]*@)?([^/?#:]+)"
-_LICENSES = ("license", "licence")
 
 
 @dataclass(frozen=True)
@@ -179,9 +178,8 @@ class Tally:
         return self._most_frequent(f"nullif(lower(regexp_extract(url, '{_HOST}', 1)), '')")
 
     def licenses(self) -> list[tuple[str | None, int, int]]:
-        """Return the 20 most frequent licences, where a column has them, with their samples and how many are kept."""
-        column = next((name for name in self._types if name.lower() in _LICENSES), None)
-        return self._most_frequent(quoted(column)) if column else []
+        """Return the 20 most frequent licences, where samples have them, with their samples and how many are kept."""
+        return self._most_frequent("license")
 
     def _most_frequent(self, expression: str) -> list[tuple[str | None, int, int]]:
         found = self._rows(

@@ -116,6 +116,16 @@ def test_alpha_is_laid_on_white(mode: str) -> None:
         assert np.abs(found[:, 0].astype(int) - [227, 127, 127]).max() <= 2
 
 
+@pytest.mark.parametrize(("mode", "left", "clear"), [("RGB", (200, 0, 0), (0, 9, 0)), ("L", 60, 0)])
+def test_one_colour_that_is_transparent_is_white(mode: str, left: Any, clear: Any) -> None:
+    image = Image.new(mode, SIDE, clear)
+    image.paste(left, (0, 0, SIDE[0] // 2, SIDE[1]))
+    found = seen(encoded(image, transparency=clear))
+    assert found.shape == (SIDE[1], SIDE[0], 3)
+    assert (found[:, -1] == 255).all()
+    assert (found[:, 0] == left).all()
+
+
 def test_cmyk_is_shown_in_rgb() -> None:
     content = encoded(picture().convert("CMYK"), "JPEG", quality=95)
     assert near(seen(content), picture(), 25)

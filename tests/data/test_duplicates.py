@@ -20,7 +20,7 @@ from sklearn.datasets import load_sample_images
 
 from koala.data import dedup
 from koala.data.config import FilterConfig, NearDuplicates
-from koala.data.dedup import Groups, near_pairs
+from koala.data.dedup import BATCH, Groups, near_pairs
 from koala.data.filter import filter
 from koala.data.fingerprints import pattern, plane_hashes
 from koala.data.judge import judge_shards
@@ -180,6 +180,17 @@ def test_skewed_hashes_are_searched_in_the_time_of_sorting_and_pairs_are_found()
     found = dict(zip(positions.tolist(), numbers.tolist(), strict=True))
     assert len(found) == 600
     assert all(found[index] == found[2700 + index] for index in range(300))
+
+
+def test_neighbours_in_two_batches_are_compared() -> None:
+    groups = (np.arange(2 * BATCH + 100) + 1) // 2  # a pair lies over each end of a batch
+    vectors = np.random.default_rng(0).normal(size=(len(groups), 32))[groups]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    with duckdb.connect() as connection:
+        rows = f"SELECT range AS position, CAST(0 AS UBIGINT) AS key FROM range({len(groups)})"
+        found = list(near_pairs(connection, rows, lambda table: vectors[table["position"].to_numpy()], 0.95))
+    pairs = {tuple(sorted(pair)) for left, right in found for pair in zip(left.tolist(), right.tolist(), strict=True)}
+    assert pairs == {(place, place + 1) for place in range(1, len(groups) - 1, 2)}
 
 
 def test_groups_are_transitive() -> None:

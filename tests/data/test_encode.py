@@ -262,6 +262,19 @@ def test_of_a_changed_list_only_new_images_meet_the_vae(
     assert "encode: 14 images, 12 of them taken over from the last run" in capsys.readouterr().err
 
 
+def test_an_image_of_another_recorded_size_is_not_taken_over(teacher: Path, out: Path, recorder: Any) -> None:
+    for folder, side in (("old", 64), ("new", 100)):
+        with ShardWriter(Path(folder), shard_size=5) as writer:
+            meta = {"original_width": side, "original_height": side}
+            writer.write(Sample("000000000", png((32, 32), (1, 2, 3)), "png", "a caption", meta))
+    Path("before").mkdir()
+    stage.encode(CONFIG, Path("old"), teacher, Path("before"), NoRun())
+    offer(out, Path("before"))
+    stage.encode(CONFIG, Path("new"), teacher, out, recorder)
+    assert pq.read_table(out / "00000.parquet")["original_width"].to_pylist() == [100]
+    assert recorder.logged["reused"] == 0
+
+
 def test_a_shard_that_was_damaged_is_encoded_anew(teacher: Path, out: Path, recorder: Any, capsys: Any) -> None:
     old, new = of_list(Path("old"), [0, 1, 2, 3, 5, 6, 7]), of_list(Path("new"), [0, 1, 2, 3, 5, 6, 7, 8])
     for name in ("before", "anew"):

@@ -16,13 +16,14 @@ import pytest
 from PIL import Image
 
 from koala.data import manifest
-from koala.data.config import DownloadConfig, FilterConfig
+from koala.data.config import DownloadConfig, FilterConfig, Quota
 from koala.data.decode import DecodeConfig, UnusableError, normalised
 from koala.data.download import _parts, download
 from koala.data.fetch import quoted, retry_after
 from koala.data.filter import filter as stage
 from koala.data.forget import Forgotten, read, read_hashes
 from koala.data.judge import Scores
+from koala.data.rules.scores import Scores as ScoreRule
 from koala.data.shards import Sample, ShardWriter, read_shard
 from koala.data.tables import TableSource
 from koala.data.update import _read
@@ -136,6 +137,15 @@ def test_members_without_an_image_are_no_sample(members: dict, tmp_path: Path) -
     assert list(read_shard(tmp_path / "x.tar")) == []
 
 
+@pytest.mark.parametrize("again", ["1.jpg", "1.JPG", "1.txt"])
+def test_a_name_that_comes_twice_is_said(again: str, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("1.jpg", "1.txt", again):
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    with pytest.raises(KoalaError, match=rf"x.tar holds '{again}' twice"):
+        list(read_shard(tmp_path / "x.tar"))
+
+
 def test_names_that_lead_out_of_the_folder_write_nothing(tmp_path: Path) -> None:
     tar_of(tmp_path / "x.tar", {"../../out.jpg": b"x", "/tmp/out2.jpg": b"y"})
     assert len(list(read_shard(tmp_path / "x.tar"))) == 2
@@ -149,6 +159,38 @@ def test_metadata_that_are_no_object_name_their_sample(meta: bytes, tmp_path: Pa
     tar_of(tmp_path / "x.tar", {"1.jpg": b"x", "1.json": meta})
     with pytest.raises(KoalaError, match="metadata of 1 are no JSON object"):
         list(read_shard(tmp_path / "x.tar"))
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        b'{"url": "http://[example/x.png"}',
+        b'{"url": "http://a\\ud800.example/x.png"}',
+        b'{"url": 5}',
+        b'{"license": "\\ud800"}',
+        b'{"license": ["a", {}]}',
+        b'{"original_width": -3, "original_height": "x"}',
+        b'{"original_width": 1e400, "original_height": 7}',
+        b'{"original_width": 1' + b"0" * 30 + b', "original_height": 7}',
+        b'{"aesthetic": "high"}',
+        b'{"aesthetic": NaN}',
+        b'{"aesthetic": 1' + b"0" * 400 + b"}",
+        b'{"sha256": 5}',
+        b'{"sha256": "zz"}',
+    ],
+)
+def test_metadata_of_any_values_stop_nothing(meta: bytes, tmp_path: Path) -> None:
+    images, scores, out = (tmp_path / name for name in ("images", "scores", "out"))
+    for folder in (images, scores, out):
+        folder.mkdir()
+    good = b'{"url": "https://example.com/2.png", "license": "by", "aesthetic": 5}'
+    members = {"1.png": encoded("PNG"), "1.json": meta, "2.png": encoded("WEBP"), "2.json": good}
+    tar_of(images / "00000.tar", members)
+    quotas = Quota(by="host", at_most=1), Quota(by="license", at_most=1, best="aesthetic")
+    stage(FilterConfig(rules=(ScoreRule(at_least={"aesthetic": 1}),), quotas=quotas), images, scores, out, NoRun())
+    first, second = pq.read_table(out / "verdicts/00000.parquet").to_pylist()
+    assert (first["rule"], second["rule"]) == ("score.aesthetic", None)
+    assert (first["original_width"], first["original_height"]) == Image.open(io.BytesIO(encoded("PNG"))).size
 
 
 @pytest.mark.parametrize(

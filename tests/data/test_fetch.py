@@ -187,6 +187,12 @@ FAULTS: list[tuple[str, Answer, str | None, int]] = [
         None,
         2,
     ),
+    (
+        "noai in a header of its own",
+        raw(HEAD + b"X-Robots-Tag: nofollow\r\nX-Robots-Tag: noai\r\n\r\n", IMAGE),
+        "opted out of AI training",
+        1,
+    ),
     ("TDM reserved", opted_out(TDM_Reservation="1"), "opted out of AI training", 1),
     ("TDM not reserved", opted_out(TDM_Reservation="0"), None, 1),
     ("usage: no training", opted_out(Content_Usage="train-ai=n"), "opted out of AI training", 1),
@@ -228,6 +234,16 @@ def test_what_comes_of_a_fault(server: Server, name: str, answer: Answer, cause:
     assert time.monotonic() - began < 5
     assert found == ((IMAGE, None) if cause is None else (None, cause))
     assert len(server.asked) == times
+
+
+def test_redirects_share_one_deadline(server: Server) -> None:
+    def slow(handler: Handler) -> None:
+        time.sleep(0.3)
+        redirect("/slow/x.png")(handler)
+
+    server.answers["slow"] = slow  # six requests take longer than the deadline, each of them does not
+    found = fetcher(server, timeout=5, retries=0).fetch(f"http://{server.place}/slow/x.png")
+    assert found == (None, "deadline")
 
 
 # Who asks, and how.

@@ -179,6 +179,21 @@ def outcome(out: Path) -> dict[str, str]:
     return {row["key"]: row["rule"] or "kept" for row in rows}
 
 
+def test_a_shard_that_changed_is_judged_again(out: Path) -> None:
+    for caption in ("one caption of it", "another caption, which is longer"):
+        images = write_shards([sample(0, caption=caption)])
+        (table,) = judging.judge_shards(shards(images), FilterConfig(), out / "judged")
+        assert pq.read_table(table)["caption"].to_pylist() == [caption]
+
+
+def test_the_report_counts_licences_under_either_spelling(out: Path, recorder: Any) -> None:
+    images = write_shards([sample(0, license="CC0"), sample(1, licence="BY"), sample(2, license="CC0"), sample(3)])
+    stage.filter(FilterConfig(), images, SCORED, out, recorder)
+    assert pq.read_table(out / "verdicts/00000.parquet")["license"].to_pylist()[:2] == ["CC0", "BY"]
+    section = (out / "report.html").read_text().partition('<h2 id="licences">')[2].partition("<h2")[0]
+    assert [section.count(f"<bdi>{name}</bdi>") for name in ("CC0", "BY", "not known")] == [1, 1, 1]
+
+
 def test_the_stage_keeps_counts_and_shows(out: Path, recorder: Any) -> None:
     same = encoded(picture(0))
     resized = encoded(picture(1).resize((40, 40)), "PNG")

@@ -12,8 +12,11 @@ from typer.testing import CliRunner
 from koala.cli import app
 from koala.data import forget
 from koala.data.config import FilterConfig, NearDuplicates
+from koala.data.decide import decide
 from koala.data.filter import filter
 from koala.data.forget import Forgotten
+from koala.data.judge import judge_shards
+from koala.data.rules.size import Size
 from koala.data.shards import Sample, ShardWriter, read_shards
 from koala.errors import KoalaError
 from koala.run import NoRun
@@ -65,6 +68,26 @@ def test_what_is_taken_down_is_dropped_with_its_duplicates(out: Path) -> None:
     assert rules(fetched) == ["forgotten", None, "duplicate_image", None, None]
     look = pq.read_table(out / "verdicts/00000.parquet")["dhash"].to_pylist()[1] ^ 0b101
     assert rules(FilterConfig(forget=(entry(dhash=f"{look:016x}"),))) == [None, *["forgotten"] * 3, None]
+
+
+def test_an_image_that_a_rule_drops_takes_its_duplicates_down_too(out: Path) -> None:
+    write([(0, 96), (0, 128), (1, 128)])
+    config = FilterConfig(rules=(Size(at_least=128),), near_duplicates=NearDuplicates())
+    assert rules(config) == ["too_small", None, None]
+    config = config.model_copy(update={"forget": (entry(url="https://example.com/0"),)})
+    assert rules(config) == ["forgotten", "forgotten", None]
+
+
+def test_a_hash_list_that_grew_counts_in_a_run_that_is_resumed(out: Path) -> None:
+    write([(0, 128), (1, 128)])
+    listed, state = Path("list.txt"), Path("state")
+    listed.write_text(f"{hashlib.sha256(drawing(1)).hexdigest()}\n")
+    config = FilterConfig(hash_lists=("list.txt",))
+    judged = judge_shards([Path("images/00000.tar")], config, state)
+    decide(judged, config, state, out)
+    listed.write_text(listed.read_text() + f"{hashlib.sha256(drawing(0)).hexdigest()}\n")
+    decide(judged, config, state, out)
+    assert pq.read_table(out / "verdicts/00000.parquet")["rule"].to_pylist() == ["forgotten", "forgotten"]
 
 
 def test_lists_of_hashes_are_read_and_a_bad_line_is_named(out: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from koala.data import pins
 from koala.data.source import source
+from koala.data.table_files import located
 from koala.data.tables import TableSource
 from koala.data.update import update
 from koala.errors import KoalaError
@@ -122,6 +123,25 @@ def test_an_s3_object_is_pinned_by_etag_and_version(out: Path, recorder: Any, s3
     update("mine", pinned(config), NOTHING)
     assert " version:" in pins.read()["mine"].files["a.csv"]
     make(config, out, recorder)
+    files = located(pinned(config))
+    files.check_pin(pinned(config))
+    client.upload_file(str(write("a.csv", 3)), "lists", "a.csv")  # after it was looked at
+    with files.fetched("a.csv") as file:
+        assert file.read_text() == write("b.csv", 2).read_text()
+
+
+def test_a_list_that_changes_while_it_is_read_is_not_pinned(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TableSource(kind="file", location=str(write("a.csv", 1, 2)))
+    tables = TableSource.tables
+
+    def slowly(self: TableSource, dropped: Any) -> Any:
+        yield from tables(self, dropped)
+        write("a.csv", 1, 3)
+
+    monkeypatch.setattr(TableSource, "tables", slowly)
+    with pytest.raises(KoalaError, match=r"^a.csv changed while it was read: run `koala data update` again"):
+        update("mine", config, NOTHING)
+    assert not pins.read()
 
 
 class _Hub(BaseHTTPRequestHandler):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from captioner import LAYERS, VISION, WORDS, blip
 from PIL import Image
 from pydantic import ValidationError
 
+from koala.data import manifest
 from koala.data.captions.captioner import Captioner
 from koala.data.captions.config import RecaptionConfig, RecaptionMachine
 from koala.data.recaption import COLUMNS, recaption
 from koala.data.shards import Sample, ShardWriter
 from koala.errors import KoalaError
-from koala.run import NoRun
+from koala.run import STATE, NoRun
 
 
 def vit_gpt2(folder: Path, teacher: Path) -> None:
@@ -203,6 +205,8 @@ def test_what_is_finished_is_not_captioned_again(out: Path, kept: Path, recipe, 
     assert seen == [2, 1]
     assert [file.name for file in out.glob("*.parquet")] == ["00000.parquet"]
     first = (out / "00000.parquet").stat().st_mtime_ns
+    with pytest.raises(KoalaError, match="work of another recipe"):
+        recaption(recipe(max_tokens=7), kept, out, NoRun())
     recaption(recipe(), kept, out, NoRun())
     assert (out / "00000.parquet").stat().st_mtime_ns == first
     Path("whole").mkdir()
@@ -210,7 +214,15 @@ def test_what_is_finished_is_not_captioned_again(out: Path, kept: Path, recipe, 
     assert rows(out) == rows(Path("whole"))
 
 
-@pytest.mark.slow
+def test_an_image_that_changed_under_its_manifest_is_named(out: Path, kept: Path, recipe) -> None:
+    manifest.write(kept)
+    shard = kept / "00001.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"an old caption 5", b"a new caption 5!"))
+    with pytest.raises(KoalaError, match=r"00001.tar has another content than manifest.json says"):
+        recaption(recipe(), kept, out, NoRun())
+    assert [file.name for file in out.glob("*.parquet")] == ["00000.parquet"]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked")
 def test_two_processes_give_what_one_gives(out: Path, kept: Path, recipe) -> None:
@@ -228,6 +240,7 @@ def test_a_model_that_cannot_be_had_is_one_line(
     for folder in (str(tiny_clip), "nowhere"):
         with pytest.raises(KoalaError, match=line):
             recaption(RecaptionConfig(model=folder), kept, out, NoRun())
+        shutil.rmtree(out / STATE)
 
 
 def test_settings_without_a_model_are_refused() -> None:

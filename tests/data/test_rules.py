@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 from koala.data.config import FilterConfig
 from koala.data.judge import judge
-from koala.data.rules.base import Rule
+from koala.data.rules.base import Rule, View
 from koala.data.rules.blank import Blank
 from koala.data.rules.boilerplate import Boilerplate
 from koala.data.rules.characters import Characters
@@ -119,6 +119,7 @@ def test_a_rule_drops_the_bad_and_keeps_the_good(rule: Rule, name: str, bad: lis
 def test_blank_images_are_dropped_and_a_page_with_a_line_is_kept() -> None:
     page = Image.new("RGB", (400, 500), "white")
     assert broken(Blank(), "", page) == "blank"
+    assert str(Blank().measure(Sample("0", b"", "png", "", {}), View(page))["entropy"]) == "0.0"  # not -0
     ImageDraw.Draw(page).text((40, 40), "one line of text that stands here", "black", font_size=22)
     assert broken(Blank(), "", page) is None
 

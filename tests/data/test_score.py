@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
+from koala.data import manifest
 from koala.data.score import score
 from koala.data.scores.aesthetic import Aesthetic
 from koala.data.scores.clip_similarity import ClipSimilarity
@@ -242,6 +243,8 @@ def test_what_is_finished_is_not_computed_again(out: Path, recipe, embedded: Cou
             score(recipe(), folder, out, NoRun())
     assert [file.name for file in out.glob("*.parquet")] == ["00000.parquet"]
     first = (out / "00000.parquet").stat().st_mtime_ns
+    with pytest.raises(KoalaError, match="other inputs, which is not resumed"):
+        score(recipe(), write(Path("others"), [colour(number) for number in range(12, 24)]), out, NoRun())
     score(recipe(), folder, out, NoRun())
     assert sum(embedded) == 12
     assert (out / "00000.parquet").stat().st_mtime_ns == first
@@ -250,6 +253,18 @@ def test_what_is_finished_is_not_computed_again(out: Path, recipe, embedded: Cou
     Path("whole").mkdir()
     score(recipe(), folder, Path("whole"), NoRun())
     assert rows(out) == rows(Path("whole"))
+
+
+def test_an_image_that_changed_under_its_manifest_is_named(out: Path, recipe) -> None:
+    folder = write(Path("images"), [colour(number) for number in range(12)])
+    manifest.write(folder)
+    shard = max(folder.glob("*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(KoalaError, match=rf"{shard.name} has another content than manifest.json says"):
+        score(recipe(), folder, out, NoRun())
+    assert not (out / f"{shard.stem}.parquet").exists()
 
 
 def test_of_new_shards_only_new_images_are_computed_where_the_cache_stays(out: Path, recipe, embedded: Counted) -> None:

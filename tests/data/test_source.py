@@ -1,7 +1,9 @@
 import gzip
 import json
+import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler
+from contextlib import nullcontext as does_not_raise
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -488,6 +490,50 @@ def test_tables_from_s3(out: Path, recorder: Any, s3: str, forget_credentials: C
     forget_credentials()
     with pytest.raises(KoalaError, match="no credentials for S3: set AWS_ACCESS_KEY_ID"):
         make(out, recorder, kind="s3", location="s3://lists/some/folder/a.parquet")
+
+
+class _BreaksOff(BaseHTTPRequestHandler):
+    """An S3 server that breaks off in the middle of an object, the first times that it is asked for."""
+
+    protocol_version = "HTTP/1.1"
+    content = b"url,caption\n" + b"https://example.com/1.jpg,a picture\n" * 1000
+    times = 0
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        for name, value in (("ETag", '"x"'), ("Last-Modified", "Wed, 21 Oct 2015 07:28:00 GMT")):
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        type(self).times -= 1
+        self.do_HEAD()
+        self.wfile.write(self.content[: 5000 if self.times >= 0 else None])
+        self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("times", [2, 1000])
+@pytest.mark.usefixtures("s3_server")
+def test_an_object_that_breaks_off_is_fetched_again_or_said(
+    out: Path, recorder: Any, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_BreaksOff, "times", times)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _BreaksOff) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        ends = (
+            does_not_raise()
+            if times == 2
+            else pytest.raises(KoalaError, match=r"^cannot fetch s3://lists/a.csv from S3: ")
+        )
+        with ends:
+            make(out, recorder, kind="s3", location="s3://lists/a.csv")
+        server.shutdown()
+    assert any(out.iterdir()) == (times == 2)
 
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"

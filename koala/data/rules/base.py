@@ -80,7 +80,6 @@ class Rule(Config, ABC):
 
 def original_size(sample: Sample, view: View) -> tuple[int, int]:
     """Return width and height in pixels before the download resized the image; the image's own if not recorded."""
-    width, height = sample.meta.get("original_width"), sample.meta.get("original_height")
-    if width and height:
-        return int(width), int(height)
+    if size := sample.recorded_size:
+        return size[1], size[0]
     return view.image.size if view.image else (0, 0)

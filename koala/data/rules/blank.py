@@ -24,7 +24,7 @@ class Blank(Rule):
         grey = view.small.convert("L").histogram()
         counts = [sum(grey[level : level + 8]) for level in range(0, 256, 8)]
         total = sum(counts)
-        return {"entropy": -sum(count / total * math.log2(count / total) for count in counts if count)}
+        return {"entropy": sum(count / total * math.log2(total / count) for count in counts if count)}
 
     def bounds(self) -> dict[str, Bounds]:
         """Return the bounds of `entropy`."""

@@ -20,7 +20,7 @@ class Scores(Rule):
 
     def measure(self, sample: Sample, view: View) -> dict[str, float]:
         """Return the columns that have a bound."""
-        return {column: _number(sample.meta.get(column)) for column in self.bounds()}
+        return {column: sample.number(column) for column in self.bounds()}
 
     def bounds(self) -> dict[str, Bounds]:
         """Return the bounds of each column."""
@@ -30,7 +30,3 @@ class Scores(Rule):
     def reason(self, value: str, low: bool) -> str:
         """Return `score.COLUMN`."""
         return f"score.{value}"
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else float("nan")
