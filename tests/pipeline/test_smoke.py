@@ -47,14 +47,23 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / ".dvc" / "config", folder / ".dvc" / "config")
     params = folder / "params.yaml"
     # A port that the system gives; one training process, which starts sooner than two; two micro-batches a step.
-    values = params.read_text().replace("profile: demo", "profile: smoke", 1).replace("8765", str(free_port()))
-    values = values.replace("accelerate/cpu-two.yaml", "accelerate/cpu.yaml", 1)
-    values = values.replace("micro_batch: 16\n", "micro_batch: 4\n      log_every: 2\n", 1).replace(
-        "checkpoint_every: 100\n      validate_every: 125", "checkpoint_every: 2\n      validate_every: 3", 1
-    )
+    values = params.read_text().replace("8765", str(free_port()))
+    for old, new in (
+        ("profile: demo", "profile: smoke"),
+        ("accelerate/cpu-two.yaml", "accelerate/cpu.yaml"),
+        ("micro_batch: 16\n", "micro_batch: 4\n      log_every: 2\n"),
+        ("checkpoint_every: 100\n      validate_every: 200", "checkpoint_every: 2\n      validate_every: 3"),
+    ):
+        values = changed(values, old, new)
     params.write_text(values)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     return folder
+
+
+def changed(text: str, old: str, new: str) -> str:
+    """Replace what must be there, once."""
+    assert old in text, old
+    return text.replace(old, new, 1)
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +130,10 @@ def test_one_students_rule_touches_that_student_alone(reproduced: str, run: Run,
     assert all("@koala-1b" in line for line in planned)
 
 
-def plan(run: Run, project: Path, changed: str, file: str = "params.yaml") -> list[str]:
+def plan(run: Run, project: Path, content: str, file: str = "params.yaml") -> list[str]:
     """The stages that `dvc repro` would run with another content of a file."""
     before = (project / file).read_text()
-    (project / file).write_text(changed)
+    (project / file).write_text(content)
     try:
         return [line for line in run("dvc", "repro", "--dry").splitlines() if line.startswith("Running stage")]
     finally:
@@ -136,11 +145,11 @@ def test_another_machine_interval_or_docstring_elsewhere_reruns_nothing(
 ) -> None:
     params = (project / "params.yaml").read_text()
     logging = (project / "koala/distill/launch.py").read_text()
-    assert plan(run, project, params.replace("machine: cpu", "machine: 8xgpu-80gb", 1)) == []
-    assert plan(run, project, params.replace("log_every: 2", "log_every: 5", 1)) == []
-    assert plan(run, project, params.replace("a large red circle on", "a tiny red circle on")) != []  # publish's card
-    assert plan(run, project, logging.replace("Starts the", "Start the"), "koala/distill/launch.py") == []
-    assert plan(run, project, params.replace("learning_rate: 5.0e-4", "learning_rate: 4.0e-4")) != []
+    assert plan(run, project, changed(params, "machine: cpu", "machine: 8xgpu-80gb")) == []
+    assert plan(run, project, changed(params, "log_every: 2", "log_every: 5")) == []
+    assert plan(run, project, changed(params, "a large red circle on", "a tiny red circle on")) != []  # publish's card
+    assert plan(run, project, changed(logging, "Starts the", "Start the"), "koala/distill/launch.py") == []
+    assert plan(run, project, changed(params, "learning_rate: 6.0e-4", "learning_rate: 4.0e-4")) != []
 
 
 def test_metrics_and_plots_say_something(reproduced: str, run: Run, project: Path) -> None:
