@@ -4,8 +4,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from pydantic import model_validator
+
+from koala.config import Config
 from koala.console import hide_loading_bars
 from koala.errors import DISK_FULL, KoalaError
 
@@ -16,6 +19,21 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 class WrongModelError(ValueError):
     """Weights that are not those of the model; the text says what is wrong with them."""
+
+
+class PinnedModel(Config):
+    """A model of the Hub at a commit, or one in a folder."""
+
+    model: str
+    """A Hub repository, or a folder. Only safetensors are read."""
+
+    revision: str | None = None
+    """The Hub commit of the model, 40 hexadecimal digits, pinned so that scores stay comparable. A folder has none."""
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> Self:
+        check_pinned(self.model, self.revision)
+        return self
 
 
 def check_pinned(model: str, revision: str | None) -> None:

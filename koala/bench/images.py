@@ -13,9 +13,9 @@ import numpy as np
 from koala.console import progress
 
 SHARD = 5_000
-"""Images of one."""
+"""Images of a shard."""
 SIDE = 64
-"""Of an image, px."""
+"""Side of an image, px."""
 
 
 def _image(number: int) -> bytes:

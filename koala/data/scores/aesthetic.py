@@ -7,9 +7,7 @@ https://github.com/christophschuhmann/improved-aesthetic-predictor.
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
-
-from pydantic import model_validator
+from typing import TYPE_CHECKING, Literal
 
 from koala import pretrained
 from koala.data.scores.base import EmbeddingScorer, Texts
@@ -20,24 +18,15 @@ if TYPE_CHECKING:
 _Layer = tuple["np.ndarray", "np.ndarray"]
 
 
-class Aesthetic(EmbeddingScorer):
+class Aesthetic(EmbeddingScorer, pretrained.PinnedModel):
     """Predicted rating by people, 1 to 10, of an embedding by the model that the head was trained on: CLIP ViT-L/14 for LAION's."""
 
     kind: Literal["aesthetic"] = "aesthetic"
     """Name of the score."""
-    model: str
-    """A Hub repository, or a folder, that holds the head."""
-    revision: str | None = None
-    """The Hub commit of the model, 40 hexadecimal digits. A folder has none."""
     file: str = "model.safetensors"
     """The safetensors file."""
     prefix: str = ""
     """What the names of the head's tensors begin with, where the file holds more than the head, such as `predictor.`."""
-
-    @model_validator(mode="after")
-    def _is_pinned(self) -> Self:
-        pretrained.check_pinned(self.model, self.revision)
-        return self
 
     def load(self, embedder: Texts) -> "Callable[[np.ndarray, Sequence[str]], np.ndarray]":
         """Return the head. Raises KoalaError if it cannot be had, or does not take the embedder's embeddings."""

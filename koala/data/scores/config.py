@@ -5,24 +5,14 @@ from typing import Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
-from koala import pretrained
 from koala.config import Config
 from koala.data.executor import SharedWork
 from koala.data.scores.base import EmbeddingScorer, Scorer
+from koala.pretrained import PinnedModel
 
 
-class Embedder(Config):
+class Embedder(PinnedModel):
     """A model of the CLIP or SigLIP class by transformers. It embeds each image once, for all scores that use embeddings."""
-
-    model: str
-    """A Hub repository, or a folder. Only safetensors are read."""
-    revision: str | None = None
-    """The Hub commit of the model, 40 hexadecimal digits. A folder has none."""
-
-    @model_validator(mode="after")
-    def _is_pinned(self) -> Self:
-        pretrained.check_pinned(self.model, self.revision)
-        return self
 
 
 class ScoreMachine(SharedWork):

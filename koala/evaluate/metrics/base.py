@@ -4,9 +4,7 @@ from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING, ClassVar, Self
-
-from pydantic import model_validator
+from typing import TYPE_CHECKING, ClassVar
 
 from koala import pretrained
 from koala.config import Config
@@ -105,19 +103,8 @@ class Metric(Config, ABC):
         return {}
 
 
-class ModelMetric(Metric):
+class ModelMetric(Metric, pretrained.PinnedModel):
     """A metric by a pretrained model."""
-
-    model: str
-    """The model: a Hub repository, or a folder."""
-
-    revision: str | None = None
-    """The Hub commit of the model, 40 hexadecimal digits, pinned so that scores stay comparable. A folder has none."""
-
-    @model_validator(mode="after")
-    def _is_pinned(self) -> Self:
-        pretrained.check_pinned(self.model, self.revision)
-        return self
 
     def find(self) -> None:
         """Look for what the metric loads. Raises KoalaError, in one line, where it is not there; little is fetched."""
