@@ -9,7 +9,7 @@ so that any number of processes can resume from them.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from koala.distill import sharding
 from koala.distill.job import checkpoints
-from koala.distill.sharding import gather, like
 from koala.errors import KoalaError
 
 
@@ -43,10 +43,10 @@ def save(
     if write:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    _write(dict(student.named_parameters()), partial / "student.safetensors", write)
-    _write(dict(_optimizer_tensors(student, optimizer)), partial / "optimizer.safetensors", write)
+    _write(sharding.gathered(student, _parts(optimizer)), partial / "student.safetensors", write)
+    _write(_optimizer_tensors(student, optimizer), partial / "optimizer.safetensors", write)
     if ema:
-        _write(ema_weights(student, ema), partial / "ema.safetensors", write)
+        _write(sharding.gathered(student, ema.shadow_params), partial / "ema.safetensors", write)
         state = {**state, "ema_steps": ema.optimization_step}  # its decay grows with them
     if not write:
         return
@@ -70,44 +70,46 @@ def load(
     """
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
     weights = load_file(checkpoint / "student.safetensors")
-    parameters = dict(student.named_parameters())
+    parameters = sharding.parameters(student)
     if {name: tensor.shape for name, tensor in weights.items()} != {n: p.shape for n, p in parameters.items()}:
         raise KoalaError(f"{checkpoint} is of a student of another shape: move it away to start over")
+    parts = dict(zip(parameters, _parts(optimizer), strict=True))
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(like(weights[name], parameter))
+        for name, part in parts.items():
+            part.copy_(sharding.split(weights[name], parameters[name]))
         if ema:
             tensors = load_file(checkpoint / "ema.safetensors")
-            for name, shadow in ema_weights(student, ema).items():
-                shadow.copy_(like(tensors[name], shadow))
+            for name, shadow in zip(parameters, ema.shadow_params, strict=True):
+                shadow.copy_(sharding.split(tensors[name], parameters[name]))
             ema.optimization_step = state["ema_steps"]
     for full, tensor in load_file(checkpoint / "optimizer.safetensors").items():
         name, _, key = full.rpartition("/")
         parameter = parameters[name]
-        placed = like(tensor, parameter) if tensor.shape == parameter.shape else tensor.to(parameter.device)
+        placed = sharding.split(tensor, parameter) if tensor.shape == parameter.shape else tensor.to(parameter.device)
         # The 8-bit optimizer counts its steps in a plain number.
-        optimizer.state[parameter][key] = int(tensor) if tensor.dtype == torch.int64 else placed
+        optimizer.state[parts[name]][key] = int(tensor) if tensor.dtype == torch.int64 else placed
     return state
 
 
-def ema_weights(student: nn.Module, ema: EMAModel) -> dict[str, Tensor]:
-    """Return the EMA by the names of the student's parameters."""
-    return {name: shadow for (name, _), shadow in zip(student.named_parameters(), ema.shadow_params, strict=True)}
+def _parts(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return what the optimizer trains: this process's part of each of the student's parameters, in their order."""
+    found: list[nn.Parameter] = optimizer.param_groups[0]["params"]
+    return found
 
 
 def _optimizer_tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Yield an optimizer's states under flat names: `conv_in.weight/exp_avg`."""
-    for name, parameter in student.named_parameters():
-        for key, value in optimizer.state[parameter].items():
+    """Yield an optimizer's states, whole, under flat names: `conv_in.weight/exp_avg`."""
+    for (name, parameter), part in zip(sharding.parameters(student).items(), _parts(optimizer), strict=True):
+        for key, value in optimizer.state[part].items():
             # The 8-bit optimizer's tables are shared between parameters; a file holds each by itself.
-            yield f"{name}/{key}", value if key.startswith("exp_avg") else torch.as_tensor(value).clone()
+            whole = sharding.gather(value, parameter) if key.startswith("exp_avg") else torch.as_tensor(value).clone()
+            yield f"{name}/{key}", whole
 
 
-def _write(tensors: Mapping[str, Tensor], file: Path, write: bool) -> None:
-    """Gather tensors one by one, each to the host's memory as it comes, and write them."""
+def _write(tensors: Iterable[tuple[str, Tensor]], file: Path, write: bool) -> None:
+    """Write tensors. Each is gathered by itself, and goes to the host's memory as it comes."""
     kept = {}
-    for name, tensor in tensors.items():
-        whole = gather(tensor.detach())
+    for name, whole in tensors:
         if write:
             kept[name] = whole.to("cpu").contiguous()
     if write:

@@ -7,7 +7,7 @@ norm = trainer.update(rate)
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from koala.distill import checkpoint, sharding
+from koala.distill import sharding
 from koala.distill.config import DistillConfig
 from koala.distill.data import Batch
 from koala.distill.hooks import compile_modules
@@ -50,9 +50,9 @@ class Trainer:
             self._wrapped = task
         else:
             self._wrapped = accelerator.prepare(task)
-        self._parameters = list(task.student.parameters())
-        self.optimizer = build_optimizer(config, self._parameters)
-        self.ema = EMAModel(self._parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
+        self._parts = sharding.parts(task.student)
+        self.optimizer = build_optimizer(config, self._parts)
+        self.ema = EMAModel(self._parts, decay=config.ema_decay, foreach=True) if config.ema_decay else None
         if self.ema and config.machine.ema_offload:
             self.ema.to("cpu")
 
@@ -81,21 +81,26 @@ class Trainer:
             yield
             return
         with torch.no_grad():
-            trained = [parameter.clone() for parameter in self._parameters]
-            for parameter, shadow in zip(self._parameters, self.ema.shadow_params, strict=True):
-                parameter.copy_(shadow)
+            trained = [part.clone() for part in self._parts]
+            self._put(self.ema.shadow_params)
             try:
                 yield
             finally:
-                for parameter, kept in zip(self._parameters, trained, strict=True):
-                    parameter.copy_(kept)
+                self._put(trained)
+
+    def _put(self, weights: Sequence[Tensor]) -> None:
+        """Let the student hold these weights, this process's part of each."""
+        sharding.reshard(self.student)
+        for part, tensor in zip(self._parts, weights, strict=True):
+            part.copy_(tensor)
 
     def update(self, rate: float) -> float:
         """Take one optimizer step at learning rate `rate`, and one of the EMA. Return the gradient's norm.
 
         Where the norm is not finite, weights and EMA stay as they are.
         """
-        norm = float(sharding.gather(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm)))
+        sharding.move_gradients(self.student, self._parts)
+        norm = self._clip_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if math.isfinite(norm):
@@ -105,10 +110,18 @@ class Trainer:
         self.optimizer.zero_grad()
         return norm
 
+    def _clip_gradients(self) -> float:
+        """Scale the gradients down to the greatest norm that is allowed. Return the norm that they had, over all parameters."""
+        norm = torch.nn.utils.get_total_norm([part.grad for part in self._parts if part.grad is not None])
+        if sharding.requested():
+            norm = self._accelerator.reduce(norm.square(), "sum").sqrt()
+        torch.nn.utils.clip_grads_with_norm_(self._parts, self._config.max_grad_norm, norm)
+        return float(norm)
+
     def _step_ema(self, ema: EMAModel) -> None:
         if self._config.machine.ema_offload:
-            ema.to(self._parameters[0].device)
-        ema.step(self._parameters)
+            ema.to(self._parts[0].device)
+        ema.step(self._parts)
         if self._config.machine.ema_offload:
             ema.to("cpu")
 
@@ -117,10 +130,8 @@ class Trainer:
 
         Collective: every rank must call it. Ranks with `keep=False` get None and hold no copy.
         """
-        tensors = checkpoint.ema_weights(self.student, self.ema) if self.ema else dict(self.student.named_parameters())
         weights = {}
-        for name, tensor in tensors.items():
-            whole = sharding.gather(tensor.detach())
+        for name, whole in sharding.gathered(self.student, self.ema.shadow_params if self.ema else self._parts):
             if keep:
                 weights[name] = whole.to("cpu", dtype, copy=True).contiguous()
         if not keep:

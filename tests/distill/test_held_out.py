@@ -137,6 +137,19 @@ def test_measuring_leaves_training_as_it_was(measured: Job, make_job: MakeJob) -
     assert held_out_of(losses(rarely.state))[8] == held_out_of(losses(measured.state))[8]
 
 
+def test_measuring_leaves_the_training_of_a_sharded_student_as_it_was(make_job: MakeJob) -> None:
+    """FSDP keeps what a forward pass without a gradient gathered: the next step would begin with the EMA's weights."""
+    jobs = [
+        make_job(f"every {interval}", held_out=2, timesteps=(499,), steps=3, machine={"validate_every": interval})
+        for interval in (1, 100)
+    ]
+    for job in jobs:
+        Training(job, 2, sharded=True).wait()
+    often, rarely = (job.state for job in jobs)
+    assert same(weights(often), weights(rarely))
+    assert len(held_out_of(losses(often))) == 3
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_processes_share_the_samples(make_job: MakeJob, sharded: bool) -> None:
     """Three timesteps, each of an odd number of micro-batches: the last round has work for one process only."""
