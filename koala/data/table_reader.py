@@ -1,14 +1,15 @@
 """Reads the columns of a table file that are asked for, as types that do not depend on the values.
 
-Polars reads and decompresses. Text formats are read as text, then cast: a score that is an integer in the first rows and a
-fraction later, a key that comes late, or a nested column that nobody asked for is no reason to refuse a file.
+Text formats are read and decompressed by Polars, as text, then cast: a score that is an integer in the first rows and a
+fraction later, a key that comes late, or a nested column that nobody asked for is no reason to refuse a file. Parquet is
+read by pyarrow, page by page: Polars reads row groups ahead, and whole.
 """
 
 import glob
 import gzip
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 BATCH = 50_000
 """Rows that are worked on at a time."""
+PAGES = 2**20
+"""Bytes of a parquet column that are read at a time."""
 LOOK = 1_000
 """Lines of JSON whose keys are listed where a column is missing."""
 
@@ -38,25 +41,43 @@ def read(file: Path, name: str, config: TableConfig) -> "Iterator[pl.DataFrame]"
         KoalaError: The file cannot be read, lacks a column, or holds something else in one.
     """
     import polars as pl
+    import pyarrow as pa
 
     try:
+        if format_of(file.name) == "parquet":
+            yield from _parquet(file, name, config)
+            return
         frame = _scan(file, name, config)
-        schema = dict(frame.collect_schema())
-        columns = [_cast(column, schema[column], name, config) for column in config.wanted]
+        columns = _casts(dict(frame.collect_schema()), name, config)
         yield from frame.select(columns).collect_batches(chunk_size=BATCH, maintain_order=True)
-    except (pl.exceptions.PolarsError, OSError, ValueError) as error:
+    except (pl.exceptions.PolarsError, pa.ArrowException, OSError, ValueError) as error:
         raise KoalaError(f"cannot read the table {name}: {first_line(error)}") from None
 
 
+def _parquet(file: Path, name: str, config: TableConfig) -> "Iterator[pl.DataFrame]":
+    """Yield batches of a parquet file, which may be one row group: no more than a few pages of a column are held."""
+    import polars as pl
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(file, buffer_size=PAGES, pre_buffer=False) as parquet:
+        _check(config.wanted, parquet.schema_arrow.names, name)
+        columns: list[pl.Expr] = []
+        for batch in parquet.iter_batches(BATCH, columns=list(config.wanted), use_threads=False):
+            frame = pl.DataFrame(batch)
+            columns = columns or _casts(frame.schema, name, config)
+            yield frame.select(columns)
+
+
+def _casts(schema: "Mapping[str, pl.DataType]", name: str, config: TableConfig) -> "list[pl.Expr]":
+    """Return the columns that `config` names, as the types that the table has. Raises KoalaError where one cannot be."""
+    return [_cast(column, schema[column], name, config) for column in config.wanted]
+
+
 def _scan(file: Path, name: str, config: TableConfig) -> "pl.LazyFrame":
-    """Return the file's columns as they are; all of them text but for parquet. Raises KoalaError if one is missing."""
+    """Return the columns of a text file as text. Raises KoalaError if one is missing."""
     import polars as pl
 
     path, found = glob.escape(str(file)), format_of(file.name)
-    if found == "parquet":
-        frame = pl.scan_parquet(path, hive_partitioning=False)
-        _check(config.wanted, list(frame.collect_schema()), name)
-        return frame
     if found == "json":
         return _scan_json(file, path, name, config)
     frame = pl.scan_csv(
