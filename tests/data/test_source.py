@@ -1,5 +1,7 @@
 import gzip
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext as does_not_raise
@@ -15,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
+from koala.data import rows
 from koala.data import source as stage
 from koala.data.presets import PRESETS, Preset
 from koala.data.rows import Seen, url_fault
@@ -209,6 +212,29 @@ def test_half_a_file_is_one_line_and_no_table(out: Path, recorder: Any, name: st
     assert list(out.iterdir()) == []
 
 
+def peak_of_reading(size: int) -> int:
+    """Read a list of `size` rows in one row group, in a separate process. Return its peak of memory."""
+    values = np.random.default_rng(0).bytes(250 * size).hex()
+    captions = [values[first : first + 500] for first in range(0, 500 * size, 500)]
+    table = pa.table({"url": captions, "caption": captions, "unread": captions})
+    pq.write_table(table, "t.parquet", row_group_size=size, use_dictionary=False)
+    code = """
+from pathlib import Path
+from koala.bench.data_worker import peak
+from koala.data.table_reader import read
+from koala.data.tables import TableSource
+for _ in read(Path("t.parquet"), "t", TableSource(kind="file", location="t.parquet")):
+    pass
+print(peak())
+"""
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def test_a_long_list_takes_the_memory_of_a_short_one(out: Path) -> None:
+    """The long one has 400 MB more. A batch, its copies and what the allocators keep are some 100 MB."""
+    assert peak_of_reading(500_000) < peak_of_reading(100_000) + 250e6
+
+
 # What is carried, bounded and dropped.
 
 
@@ -268,7 +294,9 @@ def test_of_equal_urls_the_first_usable_stays(out: Path, recorder: Any, monkeypa
     assert recorder.logged["dropped.duplicate_url"] == 3
 
 
-def test_hashes_are_seen_once() -> None:
+@pytest.mark.parametrize("piece", [rows.PIECE, 64])
+def test_hashes_are_seen_once(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "PIECE", piece)
     random = np.random.default_rng(0)
     seen, known = Seen(), set[int]()
     for _ in range(50):
@@ -281,6 +309,7 @@ def test_hashes_are_seen_once() -> None:
         assert seen.new(hashes, among).tolist() == wanted
     assert sum(map(len, seen._runs)) == len(known)
     assert len(seen._runs) < 15
+    assert all((run.base is not None) == (len(run) >= piece) for run in seen._runs), "long runs are mapped"
 
 
 def numbers(count: int, size: int) -> Iterator[pa.Table]:
