@@ -110,7 +110,7 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: s
 
     table = Table(box=box.SIMPLE_HEAD)
     for column in columns:
-        table.add_column(Text(column), no_wrap=True)
+        table.add_column(Text(column))
     lines = [tuple(map(Text, row)) for row in rows]
     for line in lines:
         table.add_row(*line)
