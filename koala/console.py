@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 LOG_EVERY_SECONDS = 10.0
 _BAR_WIDTH = 24
-_FILE_WIDTH = 2_000  # characters of a table's line at most, where no terminal sets them
+_ANY_WIDTH = 2**30
 _DIRECTIONS = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
@@ -99,21 +99,34 @@ def show(text: str) -> None:
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> None:
-    """Write a table to stdout: as wide as the terminal, or as its cells where there is none. Cells are shown literally."""
+    """Write a table to stdout; in a terminal that is too narrow for it, a line for each cell. Cells are shown literally.
+
+    No cell is folded or cut, so that each can be copied.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, caption=Text(caption), caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD)
     for column in columns:
-        table.add_column(Text(column), overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_column(Text(column))
+    lines = [tuple(map(Text, row)) for row in rows]
+    for line in lines:
+        table.add_row(*line)
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
-    console.print(table)
+    width = console.measure(table, options=console.options.update(max_width=_ANY_WIDTH)).maximum
+    if width <= console.width or not console.is_terminal:
+        console.width = width
+        console.print(table)
+    else:
+        widest = max(map(len, columns))
+        for line in lines:
+            console.print()
+            for column, cell in zip(columns, line, strict=True):
+                console.print(Text(f"{column:{widest}}  ").append_text(cell), soft_wrap=True)
+        console.print()
+    console.print(Text(caption), soft_wrap=True)
 
 
 def harmless(text: str) -> str:

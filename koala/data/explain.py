@@ -220,7 +220,8 @@ def _lines(way: Way) -> Iterator[Text | Table]:
     if way.values:
         yield _values(way.values)
     if way.group:
-        yield _group(way.group, way.key)
+        yield _text("")
+        yield from _group(way.group, way.key)
     made = {
         "error": latent.get("error"),
         "latents": latent.get("file"),
@@ -239,11 +240,13 @@ def _stage(noun: str, stage: str, row: Row | None, facts: Row) -> Iterator[Text 
         yield _text(f"\n{noun}: {'not in it' if row is not None else f'the stage {stage} has not run'}", "bold")
         return
     yield _text(f"\n{noun}", "bold")
-    table = Table(box=None, show_header=False, padding=(0, 2))
-    for name, value in facts.items():
-        if value is not None:
-            table.add_row(_text(name, "dim"), _text(value, "red" if name in ("cause", "error") else ""))
-    yield table
+    said = {name: value for name, value in facts.items() if value is not None}
+    yield from _aligned(
+        [
+            (_text(name, "dim"), _text(value, "red" if name in ("cause", "error") else ""))
+            for name, value in said.items()
+        ]
+    )
 
 
 def _where(row: Row) -> dict[str, str]:
@@ -275,12 +278,23 @@ def _values(values: Mapping[str, Value]) -> Table:
     return table
 
 
-def _group(members: Sequence[Row], key: str | None) -> Table:
-    table = Table("duplicates", "", "url", box=box.SIMPLE)
+def _group(members: Sequence[Row], key: str | None) -> Iterator[Text]:
+    rows = [tuple(_text(heading, "bold") for heading in ("duplicates", "", "url"))]
     for member in members:
         name = f"{member['key']}{' (this)' if member['key'] == key else ''}"
-        table.add_row(_text(name), _text(member["rule"] or "kept"), _text(member["url"] or ""))
-    return table
+        rows.append((_text(name), _text(member["rule"] or "kept"), _text(member["url"] or "")))
+    yield from _aligned(rows)
+
+
+def _aligned(rows: Sequence[tuple[Text, ...]]) -> Iterator[Text]:
+    """Yield a line for each row, its cells below each other. A long last cell is not folded: it can be copied whole."""
+    widths = [max(cell.cell_len for cell in column) for column in zip(*rows, strict=True)]
+    for *cells, last in rows:
+        line = Text("  ")
+        for cell, width in zip(cells, widths, strict=False):
+            cell.pad_right(width - cell.cell_len + 4)
+            line.append_text(cell)
+        yield line.append_text(last)
 
 
 def _text(value: object, style: str = "") -> Text:

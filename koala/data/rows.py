@@ -2,6 +2,7 @@
 
 import ipaddress
 import socket
+import tempfile
 from collections import Counter
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -18,6 +19,9 @@ _PLAIN = r"(?i)^https?://([a-z0-9_-]+\.)+[a-z][a-z0-9-]*(:[0-9]{1,4})?([/?#]|$)"
 _INSIDE = r"(?i)^https?://[^/?#]*\.(local|localhost|internal)([:/?#]|$)"
 _LOCAL = (".localhost", ".local", ".internal")
 _IN_DOUBT = "?"
+
+PIECE = 2**20
+"""Hashes that are merged at a time. Runs of as many are in files."""
 
 
 class Usable:
@@ -95,7 +99,7 @@ class Usable:
 
 
 class Seen:
-    """Hashes that came before, 8 bytes each: sorted arrays, of which like sizes are merged."""
+    """Hashes that came before, 8 bytes each: sorted runs, of which like sizes are merged."""
 
     def __init__(self) -> None:
         """Begin with none."""
@@ -114,12 +118,32 @@ class Seen:
         if fresh.any():
             self._runs.append(unique[fresh])
         while len(self._runs) > 1 and len(self._runs[-2]) <= 2 * len(self._runs[-1]):
-            merged = np.concatenate(self._runs[-2:])
-            merged.sort(kind="stable")
-            self._runs[-2:] = [merged]
+            self._runs[-2:] = [_merged(*self._runs[-2:])]
         found = np.zeros(len(hashes), bool)
         found[places[first[fresh]]] = True
         return found
+
+
+def _merged(one: "np.ndarray", other: "np.ndarray") -> "np.ndarray":
+    """Return the hashes of two sorted runs as one. A long run is mapped from a file, of which memory can be short.
+
+    The file is in the system's temporary folder. It has no name, so that none is left behind, however the process ends.
+    """
+    import numpy as np
+
+    if len(one) + len(other) < PIECE:
+        return np.sort(np.concatenate([one, other]), kind="stable")
+    short, long = sorted((one, other), key=len)
+    with tempfile.TemporaryFile() as file:
+        begin = 0
+        for first in range(0, len(long), PIECE):
+            after = long[first + PIECE : first + PIECE + 1]
+            end = int(np.searchsorted(short, after[0])) if len(after) else len(short)
+            piece = np.concatenate([long[first : first + PIECE], short[begin:end]])
+            file.write(np.sort(piece, kind="stable").data)
+            begin = end
+        file.flush()
+        return np.asarray(np.memmap(file, np.uint64, "r"))
 
 
 def url_fault(url: str, private_hosts: bool) -> str | None:

@@ -17,6 +17,7 @@ from koala.data.fetch import FetchConfig, Fetcher
 from koala.errors import KoalaError
 
 _THREADS = 16
+_CAPTION = 200  # characters that are shown
 _BLANK = (64, 64)  # px, of a picture that did not come
 
 
@@ -43,7 +44,7 @@ def sample(config: SourceConfig, download: DownloadConfig, count: int, pictures:
         raise KoalaError(f"{config.location} holds no usable row (dropped: {dict(dropped)})")
     outcomes = _look(rows, download, pictures) if pictures else None
     columns = list(rows[0]) + (["picture"] if outcomes else [])
-    cells = [[_cell(value) for value in row.values()] for row in rows]
+    cells = [[_cell(name, value) for name, value in row.items()] for row in rows]
     cells = [[*row, outcome] for row, outcome in zip(cells, outcomes, strict=True)] if outcomes else cells
     caption = f"{len(rows)} rows of {config.location}"
     if dropped:
@@ -94,7 +95,8 @@ def _look(rows: Sequence[dict[str, Any]], download: DownloadConfig, file: Path) 
     return [what for _, what in found]
 
 
-def _cell(value: Any) -> str:
-    """Return a value as a cell shows it: one line, without what a terminal would obey."""
+def _cell(name: str, value: Any) -> str:
+    """Return a column's value as a cell shows it: one line, without what a terminal would obey. Long captions are cut."""
     text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
-    return "".join(character if character.isprintable() else " " for character in text)[:200]
+    shown = "".join(character if character.isprintable() else " " for character in text)
+    return shown[:_CAPTION] if name == "caption" else shown

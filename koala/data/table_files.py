@@ -8,6 +8,7 @@ with files.fetched(name) as path: ...
 import fnmatch
 import glob
 import hashlib
+import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -48,6 +49,10 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+class ChangedError(KoalaError):
+    """A list does not hold the content that was meant."""
+
+
 class Files(ABC):
     """The files of one list."""
 
@@ -65,10 +70,10 @@ class Files(ABC):
     @abstractmethod
     @contextmanager
     def fetched(self, name: str) -> Iterator[Path]:
-        """Yield the file on this disk."""
+        """Yield the file on this disk. Raises ChangedError where it is not, or does not stay, as it was looked at."""
 
     def check_pin(self, config: TableConfig) -> None:
-        """Raise KoalaError where the location holds other content than its pin says."""
+        """Raise ChangedError where the location holds other content than its pin says."""
         pin = config.pin
         if pin is None:
             return
@@ -84,7 +89,7 @@ class Files(ABC):
         elif tuple(pin.files) != self.names:
             what = "its files are read in another order"
         if what:
-            raise KoalaError(
+            raise ChangedError(
                 f"{config.location} is not what source.lock.yaml pins ({what}): run `koala data update` to take it as it is"
             )
 
@@ -93,6 +98,13 @@ def located(config: TableConfig) -> Files:
     """Return the files of a list, at its pin where it has one. Raises KoalaError where there are none."""
     kinds: dict[str, type[Files]] = {"file": _OnDisk, "hub": _OnHub, "s3": _OnS3}
     return kinds[config.kind](config)  # type: ignore[call-arg]
+
+
+def _changed(location: str, name: str) -> ChangedError:
+    return ChangedError(
+        f"{location} changed while it was read ({name}): run this again when nothing writes to it; "
+        "where the list is pinned and the new content is meant, after `koala data update`"
+    )
 
 
 def _is_pattern(name: str) -> bool:
@@ -139,8 +151,14 @@ class _OnDisk(Files):
                 )
             names |= dict.fromkeys(matching)
         self.names = tuple(names)
+        self._location = config.location
+        self._marks: dict[str, str] = {}
 
     def mark(self, name: str) -> str:
+        self._marks[name] = self._digest(name)
+        return self._marks[name]
+
+    def _digest(self, name: str) -> str:
         digest = hashlib.sha256()
         with (self._folder / name).open("rb") as file:
             while chunk := file.read(_CHUNK):
@@ -149,7 +167,22 @@ class _OnDisk(Files):
 
     @contextmanager
     def fetched(self, name: str) -> Iterator[Path]:
-        yield self._folder / name
+        """Yield the file itself. Afterwards it must have the hash that it had, or else at least its time and size."""
+        file = self._folder / name
+        before = _stamp(file)
+        yield file
+        looked_at = self._marks.get(name)
+        if _stamp(file) != before or (looked_at and self._digest(name) != looked_at):
+            raise _changed(self._location, name)
+
+
+def _stamp(file: Path) -> tuple[int, ...] | None:
+    """Return what changes where a file is written or replaced; None where there is none."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class _OnHub(Files):
@@ -171,10 +204,12 @@ class _OnHub(Files):
 
     @contextmanager
     def fetched(self, name: str) -> Iterator[Path]:
+        """Yield the file in the Hub's cache. The first file's commit is that of all, also where a branch moves meanwhile."""
         from huggingface_hub import hf_hub_download
 
         with self._explained(name):
             file = Path(hf_hub_download(self._repo, name, repo_type="dataset", revision=self._revision))
+        self._revision = file.parents[name.count("/")].name  # .../snapshots/COMMIT/NAME
         yield file
 
     def _all(self) -> list[str]:
@@ -232,6 +267,7 @@ class _OnS3(Files):
             import boto3
 
             self._client = boto3.Session().client("s3")
+            self._client.meta.events.register("provide-client-params.s3.GetObject", self._as_looked_at)
             if not config.files and key.endswith("/"):
                 self._prefix = key
                 folder = [name for name in self._all(key) if "/" not in name and _is_table(name)]
@@ -260,16 +296,24 @@ class _OnS3(Files):
         version = head.get("VersionId")
         return f"etag:{head['ETag'].strip(chr(34))}" + (f" version:{version}" if version else "")
 
+    def _as_looked_at(self, params: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """Return a download's parameters with the ETag that was looked at: S3 refuses to give other content (412)."""
+        return params | {"IfMatch": self._head(params["Key"].removeprefix(self._prefix))["ETag"]}
+
     @contextmanager
     def fetched(self, name: str) -> Iterator[Path]:
-        """Yield a copy that is removed afterwards; it is of the version that was looked at."""
+        """Yield a copy that is removed afterwards. It is of the version, or else of the content, that was looked at."""
+        from s3transfer.exceptions import S3DownloadFailedError
+
         with tempfile.TemporaryDirectory(prefix="koala-source-") as folder:
             file = Path(folder, PurePosixPath(name).name)
             version = self._head(name).get("VersionId")
-            with self._explained():
-                self._client.download_file(
-                    self._bucket, self._prefix + name, str(file), ExtraArgs={"VersionId": version} if version else None
-                )
+            extra = {"VersionId": version} if version else None
+            try:
+                with self._explained():
+                    self._client.download_file(self._bucket, self._prefix + name, str(file), ExtraArgs=extra)
+            except S3DownloadFailedError:  # raised for the status 412 alone
+                raise _changed(self._location, name) from None
             yield file
 
     @contextmanager

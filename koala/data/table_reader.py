@@ -1,14 +1,17 @@
 """Reads the columns of a table file that are asked for, as types that do not depend on the values.
 
-Polars reads and decompresses. Text formats are read as text, then cast: a score that is an integer in the first rows and a
-fraction later, a key that comes late, or a nested column that nobody asked for is no reason to refuse a file.
+Text formats are read by Polars, as text, then cast: a score that is an integer in the first rows and a fraction later, a
+key that comes late, or a nested column that nobody asked for is no reason to refuse a file. No format needs more memory for
+a longer file: parquet is read by pyarrow, page by page, since Polars reads row groups ahead, and whole; JSON lines come to
+Polars some megabytes at a time, since it would map the whole file.
 """
 
 import glob
 import gzip
 import io
 import json
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,10 @@ if TYPE_CHECKING:
 
 BATCH = 50_000
 """Rows that are worked on at a time."""
+PAGES = 2**20
+"""Bytes of a parquet column that are read at a time."""
+LINES = 2**23
+"""Bytes of JSON lines that are read at a time."""
 LOOK = 1_000
 """Lines of JSON whose keys are listed where a column is missing."""
 
@@ -38,30 +45,45 @@ def read(file: Path, name: str, config: TableConfig) -> "Iterator[pl.DataFrame]"
         KoalaError: The file cannot be read, lacks a column, or holds something else in one.
     """
     import polars as pl
+    import pyarrow as pa
 
     try:
-        frame = _scan(file, name, config)
-        schema = dict(frame.collect_schema())
-        columns = [_cast(column, schema[column], name, config) for column in config.wanted]
-        yield from frame.select(columns).collect_batches(chunk_size=BATCH, maintain_order=True)
-    except (pl.exceptions.PolarsError, OSError, ValueError) as error:
+        if format_of(file.name) == "parquet":
+            yield from _parquet(file, name, config)
+            return
+        columns = _casts(dict.fromkeys(config.wanted, pl.String()), name, config)
+        for frame in _json(file, name, config) if format_of(file.name) == "json" else [_csv(file, name, config)]:
+            yield from frame.select(columns).collect_batches(chunk_size=BATCH, maintain_order=True)
+    except (pl.exceptions.PolarsError, pa.ArrowException, OSError, ValueError, EOFError, zlib.error) as error:
         raise KoalaError(f"cannot read the table {name}: {first_line(error)}") from None
 
 
-def _scan(file: Path, name: str, config: TableConfig) -> "pl.LazyFrame":
-    """Return the file's columns as they are; all of them text but for parquet. Raises KoalaError if one is missing."""
+def _parquet(file: Path, name: str, config: TableConfig) -> "Iterator[pl.DataFrame]":
+    """Yield batches of a parquet file, which may be one row group: no more than a few pages of a column are held."""
+    import polars as pl
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(file, buffer_size=PAGES, pre_buffer=False) as parquet:
+        _check(config.wanted, parquet.schema_arrow.names, name)
+        columns: list[pl.Expr] = []
+        for batch in parquet.iter_batches(BATCH, columns=list(config.wanted), use_threads=False):
+            frame = pl.DataFrame(batch)
+            columns = columns or _casts(frame.schema, name, config)
+            yield frame.select(columns)
+
+
+def _casts(schema: "Mapping[str, pl.DataType]", name: str, config: TableConfig) -> "list[pl.Expr]":
+    """Return the columns that `config` names, as the types that the table has. Raises KoalaError where one cannot be."""
+    return [_cast(column, schema[column], name, config) for column in config.wanted]
+
+
+def _csv(file: Path, name: str, config: TableConfig) -> "pl.LazyFrame":
+    """Return the columns of a CSV or TSV file as text. Raises KoalaError if one is missing."""
     import polars as pl
 
-    path, found = glob.escape(str(file)), format_of(file.name)
-    if found == "parquet":
-        frame = pl.scan_parquet(path, hive_partitioning=False)
-        _check(config.wanted, list(frame.collect_schema()), name)
-        return frame
-    if found == "json":
-        return _scan_json(file, path, name, config)
     frame = pl.scan_csv(
-        path,
-        separator="," if found == "csv" else "\t",
+        glob.escape(str(file)),
+        separator="," if format_of(file.name) == "csv" else "\t",
         quote_char='"' if config.quoted else None,
         has_header=not config.columns,
         new_columns=config.columns or None,
@@ -110,27 +132,44 @@ def _cast(column: str, kind: "pl.DataType", name: str, config: TableConfig) -> "
 # JSON.
 
 
-def _scan_json(file: Path, path: str, name: str, config: TableConfig) -> "pl.LazyFrame":
-    """Return the columns of JSON lines, or of one document: an array of rows, or rows by key."""
+def _json(file: Path, name: str, config: TableConfig) -> "Iterator[pl.LazyFrame]":
+    """Yield the columns of JSON lines, or of one document (an array of rows, or rows by key), as text.
+
+    Raises KoalaError if a column is missing.
+    """
     import polars as pl
 
-    schema = dict.fromkeys(config.wanted, pl.String())
     with _opened(file) as stream:
         head = list(islice(stream, LOOK))
-    rows = None if _is_lines(head) else _document(file)
-    if rows is None:
-        frame = pl.scan_ndjson(path, schema=schema)
-        keys = dict.fromkeys(key for row in map(_loaded, head) if isinstance(row, dict) for key in row)
-    else:
-        frame = pl.LazyFrame({column: [_text(row.get(column)) for row in rows] for column in schema}, schema)
-        keys = dict.fromkeys(key for row in rows[:LOOK] for key in row)
-    late = [column for column in config.wanted if column not in keys]
-    if late:  # a look at every row: the key may come later
-        known = frame.select(pl.col(column).is_not_null().any() for column in late)
-        values = known.collect(engine="streaming").row(0)
-        keys |= dict.fromkeys(column for column, there in zip(late, values, strict=True) if there)
+    document = None if _is_lines(head) else _document(file)
+    rows = map(_loaded, head) if document is None else iter(document[:LOOK])
+    keys = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
+
+    def frames(columns: Sequence[str]) -> "Iterator[pl.LazyFrame]":
+        schema = dict.fromkeys(columns, pl.String())
+        if document is None:
+            return (pl.scan_ndjson(io.BytesIO(lines), schema=schema) for lines in _lines(file))
+        return iter(
+            [pl.LazyFrame({column: [_text(row.get(column)) for row in document] for column in columns}, schema)]
+        )
+
+    if late := [column for column in config.wanted if column not in keys]:
+        for frame in frames(late):  # a look at every row: the key may come later
+            keys |= dict.fromkeys(column.name for column in frame.collect() if column.null_count() < len(column))
     _check(config.wanted, list(keys), name)
-    return frame
+    yield from frames(config.wanted)
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    """Yield whole lines of a file, some megabytes at a time."""
+    rest = b""
+    with _opened(file) as stream:
+        while block := stream.read(LINES):
+            lines, _, rest = (rest + block).rpartition(b"\n")
+            if lines.strip():
+                yield lines
+    if rest.strip():
+        yield rest
 
 
 def _opened(file: Path) -> io.BufferedIOBase:

@@ -12,7 +12,7 @@ from koala.console import say, show
 from koala.data import pins
 from koala.data.parquet import named
 from koala.data.pins import Pin
-from koala.data.table_files import located
+from koala.data.table_files import ChangedError, located
 from koala.data.tables import TableSource
 from koala.errors import KoalaError
 
@@ -50,7 +50,8 @@ def resolve(config: TableSource) -> Content:
     Raises KoalaError if the source cannot be reached.
     """
     commit = located(config.model_copy(update={"pin": None})).commit()
-    return Content(config.location, commit, _marks(_at(config, commit)))
+    files = located(config.model_copy(update={"pin": None, "revision": commit or config.revision}))
+    return Content(config.location, commit, {name: files.mark(name) for name in files.names})
 
 
 def pin(config: TableSource, content: Content) -> Pin:
@@ -58,7 +59,7 @@ def pin(config: TableSource, content: Content) -> Pin:
 
     Raises KoalaError if the source cannot be read, holds no usable row, or is no longer what was resolved.
     """
-    return _pin(content, _rows(config, content))
+    return _pin(content, len(_rows(config, content)))
 
 
 def update(profile: str, config: TableSource, table: Path) -> None:
@@ -77,7 +78,7 @@ def update(profile: str, config: TableSource, table: Path) -> None:
         show(f"{profile}: {config.location} is what the pin says: {config.pin.rows:,} usable rows")
         return
     rows = _rows(config, content)
-    moved = _pin(content, rows)
+    moved = _pin(content, len(rows))
     for line in changes(config.pin, moved):
         show(f"{profile}: {line}")
     if parts := sorted(table.glob("*.parquet")):
@@ -90,26 +91,18 @@ def update(profile: str, config: TableSource, table: Path) -> None:
 def _rows(config: TableSource, content: Content) -> "np.ndarray":
     """Return a hash of each usable row's URL. Raises KoalaError where there is none, or where the content changed."""
     dropped: Counter[str] = Counter()
-    now = _at(config, content.commit)
-    rows = _hashes(now.tables(dropped))
+    as_resolved = config.model_copy(update={"pin": _pin(content, rows=0)})
+    try:
+        rows = _hashes(as_resolved.tables(dropped))
+    except ChangedError:
+        raise KoalaError(f"{config.location} changed while it was read: run `koala data update` again") from None
     if not len(rows):
         raise KoalaError(f"{config.location} holds no usable row (dropped: {dict(dropped)}): nothing is pinned")
-    if _marks(now) != content.files:
-        raise KoalaError(f"{config.location} changed while it was read: run `koala data update` again")
     return rows
 
 
-def _pin(content: Content, rows: "np.ndarray") -> Pin:
-    return Pin(location=content.location, commit=content.commit, files=dict(content.files), rows=len(rows))
-
-
-def _at(config: TableSource, commit: str | None) -> TableSource:
-    return config.model_copy(update={"pin": None, "revision": commit or config.revision})
-
-
-def _marks(config: TableSource) -> dict[str, str]:
-    files = located(config)
-    return {name: files.mark(name) for name in files.names}
+def _pin(content: Content, rows: int) -> Pin:
+    return Pin(location=content.location, commit=content.commit, files=dict(content.files), rows=rows)
 
 
 def changes(before: Pin | None, now: Pin) -> list[str]:

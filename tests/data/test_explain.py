@@ -121,6 +121,28 @@ def test_stages_that_have_not_run_are_said(
     assert ("no key yet" in shown) == (ran == 1)
 
 
+def test_what_is_copied_stands_in_one_line(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    long = f"https://example.com/{'deep/' * 30}1.jpg"
+    write(folders["table"], "part-00001", [{"url": long, "caption": "a", "aesthetic": 5.0}])
+    write(folders["images"], "00002", [downloaded(9, long)])
+    write(folders["kept"] / "verdicts", "00002", [verdict(9, "near_duplicate", group=1, url=long)], made.SCHEMA)
+    show_way(explain(long, **folders), as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"000000009 {long}"
+    assert any(line.endswith(f"    {'ab' * 32}") for line in lines)
+    group = lines[next(number for number, line in enumerate(lines) if "duplicates" in line) :][:4]
+    assert [line.split() for line in group] == [
+        ["duplicates", "url"],
+        ["000000000", "kept", KEPT],
+        ["000000003", "near_duplicate", TWIN],
+        ["000000009", "(this)", "near_duplicate", long],
+    ]
+    assert len({line.index("url" if number == 0 else "https") for number, line in enumerate(group)}) == 1
+
+
 def test_samples_of_one_url_are_named(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     write(folders["images"], "00002", [downloaded(8, KEPT)])
     way = explain(KEPT, **folders)

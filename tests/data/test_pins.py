@@ -1,6 +1,8 @@
 """Pins of source lists, and `koala data update`, which moves them: on disk, on an S3 server, on a stand-in for the Hub."""
 
 import json
+import os
+from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -130,13 +132,70 @@ def test_an_s3_object_is_pinned_by_etag_and_version(out: Path, recorder: Any, s3
         assert file.read_text() == write("b.csv", 2).read_text()
 
 
-def test_a_list_that_changes_while_it_is_read_is_not_pinned(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("server", ["s3_server", "strict_bucket"])
+def test_an_object_that_is_replaced_after_the_look_is_refused(
+    out: Path, server: str, request: pytest.FixtureRequest
+) -> None:
+    """In a bucket without versions."""
+    request.getfixturevalue(server)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="lists")
+    config = TableSource(kind="s3", location="s3://lists/some", files=("a.csv",))
+    client.upload_file(str(write("a.csv", 1)), "lists", "some/a.csv")
+    update("mine", config, NOTHING)
+    files = located(pinned(config))
+    files.check_pin(pinned(config))
+    with files.fetched("a.csv") as file:
+        assert file.read_text() == Path("a.csv").read_text()
+    client.upload_file(str(write("b.csv", 2)), "lists", "some/a.csv")
+    with (
+        pytest.raises(KoalaError, match=r"^s3://lists/some changed while it was read \(a.csv\): run this again "),
+        files.fetched("a.csv"),
+    ):
+        pass
+
+
+def written_over() -> None:
+    """Other content of the same length, with the time of before."""
+    before = os.stat("a.csv")
+    write("a.csv", 1, 3)
+    os.utime("a.csv", ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+CHANGES = [lambda: os.replace(write("b.csv", 1, 3), "a.csv"), lambda: write("a.csv", 1), lambda: os.remove("a.csv")]
+
+
+@pytest.mark.parametrize(
+    ("is_pinned", "change"), [(True, written_over), *((pin, change) for pin in (False, True) for change in CHANGES)]
+)
+def test_a_file_that_changes_while_it_is_read_is_refused(out: Path, is_pinned: bool, change: Callable[[], Any]) -> None:
+    config = TableSource(kind="file", location=str(write("a.csv", 1, 2)))
+    if is_pinned:
+        update("mine", config, NOTHING)
+    assert sum(map(len, pinned(config).tables(Counter()))) == 2
+    tables = pinned(config).tables(Counter())
+    next(tables)
+    change()
+    with pytest.raises(KoalaError, match=r"^a.csv changed while it was read \(a.csv\): run this again "):
+        next(tables)
+
+
+@pytest.mark.parametrize("moment", ["before", "while"])
+def test_a_list_that_changes_while_it_is_counted_is_not_pinned(
+    out: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Also where it is again as it was once it is counted."""
     config = TableSource(kind="file", location=str(write("a.csv", 1, 2)))
     tables = TableSource.tables
 
     def slowly(self: TableSource, dropped: Any) -> Any:
-        yield from tables(self, dropped)
-        write("a.csv", 1, 3)
+        if moment == "before":
+            write("a.csv", 1, 3)
+        for table in tables(self, dropped):
+            if moment == "while":
+                write("a.csv", 1, 3)
+            yield table
+        write("a.csv", 1, 2)
 
     monkeypatch.setattr(TableSource, "tables", slowly)
     with pytest.raises(KoalaError, match=r"^a.csv changed while it was read: run `koala data update` again"):
@@ -154,7 +213,8 @@ class _Hub(BaseHTTPRequestHandler):
         if self.path.startswith("/api/datasets/us/list/revision/"):
             return self.answer(json.dumps({"id": "us/list", "sha": self.commit}).encode())
         revision = self.path.split("/")[5]
-        return self.answer(self.lists[revision], revision)
+        commit = self.commit if revision == "main" else revision
+        return self.answer(self.lists[commit], commit)
 
     def answer(self, body: bytes, revision: str = "") -> None:
         self.send_response(200)
@@ -200,3 +260,26 @@ def test_a_branch_of_the_hub_is_pinned_at_its_commit(
     ]
     make(config, out, recorder)
     assert recorder.logged["rows"] == 3
+
+
+def test_all_files_of_a_branch_are_of_one_commit(
+    out: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    as_hub: Callable[[type[BaseHTTPRequestHandler]], None],
+) -> None:
+    """Also where it moves while they are fetched, and nothing pins it."""
+    from huggingface_hub import constants
+
+    as_hub(_Hub)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    one, other = "a" * 40, "b" * 40
+    _Hub.lists = {one: write("a.csv", 1, 2).read_bytes(), other: write("a.csv", 3).read_bytes()}
+    _Hub.commit = one
+    files = located(TableSource(kind="hub", location="us/list", files=("a.csv", "deep/b.csv"), revision="main"))
+    contents = []
+    for name in files.names:
+        with files.fetched(name) as file:
+            contents.append(file.read_bytes())
+        _Hub.commit = other
+    assert contents == [_Hub.lists[one]] * 2

@@ -50,6 +50,27 @@ def test_no_pictures_asks_nobody(out: Path, server: ShapesServer, capsys: pytest
         sample(listed("x"), download(server), 4, None)
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_what_is_copied_stands_in_one_line(
+    out: Path,
+    server: ShapesServer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    is_terminal: bool,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    url = f"https://example.com/{'deep/' * 60}1.jpg"
+    sample(listed(url, "https://example.com/2.jpg"), download(server), 2, None)
+    said = capsys.readouterr().out
+    assert url in said
+    assert (f"\nurl      {url}\n" in said) == is_terminal
+    assert ("\nlicence  by\n" in said) == is_terminal
+    sample(listed("https://example.com/2.jpg"), download(server), 1, None)
+    assert "url                         caption" in capsys.readouterr().out
+
+
 def test_a_sample_of_the_demo_shows_its_first_rows(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = ShapesSource(location="http://127.0.0.1:8765", rows=120, seed=1)
     first = next(config.tables({})).to_pylist()[0]  # type: ignore[arg-type]

@@ -1,5 +1,7 @@
 import gzip
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext as does_not_raise
@@ -15,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
+from koala.data import rows, table_reader
 from koala.data import source as stage
 from koala.data.presets import PRESETS, Preset
 from koala.data.rows import Seen, url_fault
@@ -181,6 +184,25 @@ def test_keys_that_come_late_and_nested_ones_that_nobody_asked_for(out: Path, re
     }
 
 
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\r\n\n \n"])
+def test_lines_of_json_come_whole_from_whatever_blocks(
+    out: Path, recorder: Any, monkeypatch: pytest.MonkeyPatch, ending: bytes
+) -> None:
+    """Also lines longer than a block, blank ones, and a last one without an end."""
+    monkeypatch.setattr(table_reader, "LINES", 100)
+    rows = urls(*range(1_500))
+    rows[700]["text"] = "long " * 200
+    rows[-1]["licence"] = "by"
+    content = b"\n\n".join(json.dumps(row).encode() for row in rows)
+    Path("t.jsonl").write_bytes(content + ending)
+    table = make(out, recorder, kind="file", location="t.jsonl", carry=["licence"], **COLUMNS)
+    assert table["url"].to_pylist() == [row["link"] for row in rows]
+    assert table["caption"][700].as_py() == "long " * 200
+    assert table["licence"].null_count == 1_499
+    with pytest.raises(KoalaError, match=r"^t.jsonl has no column 'id' \(it has link, text, aesthetic\)"):
+        make(out, recorder, kind="file", location="t.jsonl", carry=["id"], **COLUMNS)
+
+
 def test_a_tsv_without_header_and_quotes(out: Path, recorder: Any) -> None:
     Path("cc12m.tsv").write_text(
         'https://a.com/1.jpg\t"a" fox\nhttps://a.com/2.jpg\tan "open one\nhttps://a.com/3.jpg\tb\n'
@@ -199,14 +221,38 @@ def test_json_in_one_line(out: Path, recorder: Any, document: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["t.csv.gz", "t.csv.zst", "t.jsonl.gz", "t.jsonl.zst", "t.parquet"])
-def test_half_a_file_is_one_line_and_no_table(out: Path, recorder: Any, name: str) -> None:
+@pytest.mark.parametrize("rows", [100, 20_000])
+@pytest.mark.parametrize("name", ["t.csv.gz", "t.csv.zst", "t.jsonl.gz", "t.jsonl.zst", "t.json.gz", "t.parquet"])
+def test_half_a_file_is_one_line_and_no_table(out: Path, recorder: Any, name: str, rows: int) -> None:
     """Also where it is cut between two rows, which a reader of lines takes for the end."""
-    content = write(Path(name), urls(*range(20_000))).read_bytes()
+    content = write(Path(name), urls(*range(rows))).read_bytes()
     Path(name).write_bytes(content[: len(content) // 2])
     with pytest.raises(KoalaError, match=f"^cannot read the table {name}: [^\n]*$"):
         make(out, recorder, kind="file", location=name, **COLUMNS)
     assert list(out.iterdir()) == []
+
+
+def peak_of_reading(size: int) -> int:
+    """Read a list of `size` rows in one row group, in a separate process. Return its peak of memory."""
+    values = np.random.default_rng(0).bytes(250 * size).hex()
+    captions = [values[first : first + 500] for first in range(0, 500 * size, 500)]
+    table = pa.table({"url": captions, "caption": captions, "unread": captions})
+    pq.write_table(table, "t.parquet", row_group_size=size, use_dictionary=False)
+    code = """
+from pathlib import Path
+from koala.bench.data_worker import peak
+from koala.data.table_reader import read
+from koala.data.tables import TableSource
+for _ in read(Path("t.parquet"), "t", TableSource(kind="file", location="t.parquet")):
+    pass
+print(peak())
+"""
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def test_a_long_list_takes_the_memory_of_a_short_one(out: Path) -> None:
+    """The long one has 400 MB more. A batch, its copies and what the allocators keep are some 100 MB."""
+    assert peak_of_reading(500_000) < peak_of_reading(100_000) + 250e6
 
 
 # What is carried, bounded and dropped.
@@ -254,8 +300,6 @@ def test_what_is_not_a_number_is_within_no_bounds(out: Path, recorder: Any) -> N
 
 
 def test_of_equal_urls_the_first_usable_stays(out: Path, recorder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from koala.data import table_reader
-
     monkeypatch.setattr(table_reader, "BATCH", 3)
     rows = urls(1, 2, 1, 3, 2, 4, 1)
     rows[0]["text"] = None
@@ -268,7 +312,9 @@ def test_of_equal_urls_the_first_usable_stays(out: Path, recorder: Any, monkeypa
     assert recorder.logged["dropped.duplicate_url"] == 3
 
 
-def test_hashes_are_seen_once() -> None:
+@pytest.mark.parametrize("piece", [rows.PIECE, 64])
+def test_hashes_are_seen_once(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "PIECE", piece)
     random = np.random.default_rng(0)
     seen, known = Seen(), set[int]()
     for _ in range(50):
@@ -281,6 +327,7 @@ def test_hashes_are_seen_once() -> None:
         assert seen.new(hashes, among).tolist() == wanted
     assert sum(map(len, seen._runs)) == len(known)
     assert len(seen._runs) < 15
+    assert all((run.base is not None) == (len(run) >= piece) for run in seen._runs), "long runs are mapped"
 
 
 def numbers(count: int, size: int) -> Iterator[pa.Table]:
