@@ -8,8 +8,8 @@ PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-# Files in the order of tests/conftest.py: the longest first.
-ON_TWO := -n 2 --dist loadfile --no-loadscope-reorder
+# Three at a time, also on two cores: a third of their time is waiting. Files in the order of tests/conftest.py: the longest first.
+PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 
 export PATH := $(BIN):$(PATH)
 # Disable telemetry in every tool.
@@ -60,10 +60,10 @@ repro: install ## the pipeline by DVC alone, at the profile that params.yaml nam
 	@$(BIN)/dvc repro
 
 test: lint ## all checks and all tests
-	$(PYTEST) $(ON_TWO)
+	$(PYTEST) $(PARALLEL)
 
 test-fast: install ## the tests that start no process of their own
-	$(PYTEST) $(ON_TWO) -m "not slow and not team"
+	$(PYTEST) $(PARALLEL) -m "not slow and not team"
 
 test-team: install ## the tests that play several machines, and take minutes
 	$(PYTEST) -m team tests/flows

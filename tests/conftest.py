@@ -111,6 +111,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(places[item]) if places[item] in LONG else len(LONG))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Share one server that processes are forked from among the workers of pytest-xdist, if there are any."""
+    if config.getoption("numprocesses", None) and "not slow" not in config.option.markexpr:
+        os.environ[forks.SHARED] = str(forks.programs())
+
+
 def pytest_sessionfinish() -> None:
     forks.end()
 

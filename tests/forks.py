@@ -11,12 +11,17 @@ from unittest.mock import patch
 
 from preloaded import preloaded
 
+SHARED = "KOALA_TEST_PROGRAMS"
+"""Variable with the folder of programs that a process above this one provides."""
+
 _until_the_end = ExitStack()
 
 
 @cache
 def programs() -> Path:
-    """Return the folder of programs of tests/preloaded.py. There is one server a test process, started by the first call."""
+    """Return the folder of programs of tests/preloaded.py; their server is started by the first call, if none is shared."""
+    if shared := os.environ.get(SHARED):
+        return Path(shared)
     folder = _until_the_end.enter_context(tempfile.TemporaryDirectory(prefix="koala-programs-"))
     return _until_the_end.enter_context(preloaded(Path(folder)))
 

@@ -106,8 +106,6 @@ def preloaded(folder: Path) -> Iterator[Path]:
 
 
 def _serve(address: str, programs: str) -> None:
-    import warm  # noqa: F401
-
     ended, told = os.pipe()  # by each child that ends
     os.set_blocking(told, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -116,11 +114,13 @@ def _serve(address: str, programs: str) -> None:
     with socket.socket(socket.AF_UNIX) as server, selectors.DefaultSelector() as events:
         server.bind(address)
         server.listen(100)
+        sys.stdout.write("ready\n")  # calls wait for the imports
+        sys.stdout.flush()
+        import warm  # noqa: F401
+
         events.register(server, selectors.EVENT_READ)
         events.register(ended, selectors.EVENT_READ)
         events.register(sys.stdin, selectors.EVENT_READ)  # closes with the tests, however those end
-        sys.stdout.write("ready\n")
-        sys.stdout.flush()
         while True:
             for key, _ in events.select():
                 if key.fileobj is server:
