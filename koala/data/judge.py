@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,14 +133,13 @@ def _judge_shard(job: _Job) -> None:
         columns += [pa.field(name, pa.float64(), metadata={SCORER: b"1"}) for name in scores.names]
     quotas = [field for index in range(len(job.config.quotas)) for field in quota_columns(index)]
     schema = pa.schema([*FACTS, *columns, *FINGERPRINTS, *quotas], metadata={"stamp": stamp})
-    known = job.known.find([identity(sample) for sample in _joined(job.shard, scores)]) if job.known else {}
-    rows, reused = list[dict[str, Any]](), 0
-    for row, sample in enumerate(_joined(job.shard, scores)):
-        name = identity(sample)
-        reused += name in known
-        judged = known.get(name) or judge(sample, job.config) | {"identity": name}
-        judged = judged | {"key": sample.key} | (scores.of(sample) if scores else {})
-        rows.append(judged | _counted(sample, judged, job.config.quotas) | {"position": (job.index << 32) + row})
+    found, others = _known(job, scores)
+    reused = len(found)
+    for sample in _read(job, scores, others):
+        found[sample.key] = _row(job, scores, sample, judge(sample, job.config) | {"identity": identity(sample)})
+    if scores:
+        scores.check(len(found))
+    rows = [found[key] | {"position": (job.index << 32) + row} for row, key in enumerate(sorted(found))]
     _add_hashes(rows, "thumbnail", LOOK_HASHES, lambda pixels: pattern(np.frombuffer(pixels, np.uint8)[None])[0])
     _add_hashes(rows, "embedding", EMBEDDING_HASHES, lambda embedding: np.frombuffer(embedding, np.float16))
     earlier.note_reused(job.output.parent, job.output.stem, reused)
@@ -149,10 +148,27 @@ def _judge_shard(job: _Job) -> None:
     os.replace(unfinished, job.output)
 
 
-def _joined(shard: Path, scores: "Scores | None") -> Iterator[Sample]:
-    """Yield the samples of a shard, with their scores if there are any."""
-    samples = read_shard(shard)
-    return scores.join(samples) if scores else samples
+def _known(job: _Job, scores: "Scores | None") -> tuple[dict[str, dict[str, Any]], set[str] | None]:
+    """Return the rows, by key, of the shard's samples that an earlier run has judged, and the keys of the others; None: all."""
+    if job.known is None:
+        return {}, None
+    # Without their images, which need not be in memory together.
+    samples = [(identity(sample), replace(sample, image=b"")) for sample in _read(job, scores)]
+    judged = job.known.find([name for name, _ in samples])
+    rows = {sample.key: _row(job, scores, sample, judged[name]) for name, sample in samples if name in judged}
+    return rows, {sample.key for _, sample in samples} - rows.keys()
+
+
+def _read(job: _Job, scores: "Scores | None", only: Container[str] | None = None) -> Iterator[Sample]:
+    """Yield the samples of the shard, or those of some keys, with their scores if there are any."""
+    for sample in read_shard(job.shard, only):
+        yield scores.join(sample) if scores else sample
+
+
+def _row(job: _Job, scores: "Scores | None", sample: Sample, judged: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sample's columns: what was judged, and what follows from its place, its scores and the quotas."""
+    row = {**judged, "key": sample.key, **(scores.of(sample) if scores else {})}
+    return row | _counted(sample, row, job.config.quotas)
 
 
 def _add_hashes(
@@ -260,17 +276,17 @@ class Scores:
             line = " ".join(str(error).split())[:200]
             raise KoalaError(f"{file} is no table of scores ({line}): make the scores again") from None
 
-    def join(self, samples: Iterator[Sample]) -> Iterator[Sample]:
-        """Yield the samples, each with its scores in `meta`. Raises KoalaError where the table is of other samples."""
-        seen = 0
-        for sample in samples:
-            if self._sha256.get(sample.key) != hashlib.sha256(sample.image).digest():
-                raise KoalaError(f"{self._file} holds no scores of the image {sample.key}: make the scores again")
-            seen += 1
-            yield replace(sample, meta=sample.meta | self._scores[sample.key])
-        if seen != len(self._sha256):
+    def join(self, sample: Sample) -> Sample:
+        """Return a sample with its scores in `meta`. Raises KoalaError where the table is of other images."""
+        if self._sha256.get(sample.key) != hashlib.sha256(sample.image).digest():
+            raise KoalaError(f"{self._file} holds no scores of the image {sample.key}: make the scores again")
+        return replace(sample, meta=sample.meta | self._scores[sample.key])
+
+    def check(self, images: int) -> None:
+        """Raise KoalaError where the table is of another number of images."""
+        if images != len(self._sha256):
             raise KoalaError(
-                f"{self._file} holds scores of {len(self._sha256)} images, not {seen}: make the scores again"
+                f"{self._file} holds scores of {len(self._sha256)} images, not {images}: make the scores again"
             )
 
     def of(self, sample: Sample) -> dict[str, Any]:
