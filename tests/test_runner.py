@@ -469,6 +469,17 @@ def test_a_lock_that_says_nothing_of_the_last_run_stops_nobody(workspace: Path, 
     assert found() == ["nothing"]
 
 
+def test_a_lock_where_dvc_is_not_set_up_stops_nobody(workspace: Path, capsys: Any) -> None:
+    outs = [{"path": str(IMAGES), "md5": f"{0:032}.dir"}]
+    Path("dvc.lock").write_text(yaml.safe_dump({"stages": {"download": {"deps": [], "outs": outs}}}))
+    make("source")
+    runner.prepare("download").run(looks)
+    assert found() == ["nothing"]
+    assert (
+        "download: what was made last cannot be had (you are not inside of a DVC repository" in capsys.readouterr().err
+    )
+
+
 def test_latents_are_offered_for_other_images_not_for_another_teacher(by_row: Path) -> None:
     for noun, text in (("kept", "a"), ("teacher", "a"), ("kept", "b"), ("teacher", "b")):
         folder = Path("artifacts/smoke", noun)
