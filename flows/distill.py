@@ -39,7 +39,7 @@ from flows.report import make_artifacts, show_report
 from flows.repro import reproduce
 from flows.services import HOME, Service, ServiceError, free_port, prefect_server
 from flows.stage import after_the_end, state_of
-from flows.stages import LAST_STAGE, PipelineError, Stage, machine, pipeline, profile, students
+from flows.stages import LAST_STAGE, LOCK, PipelineError, Stage, machine, pipeline, profile, students
 from flows.why import why
 from koala import tracking
 from koala.console import say
@@ -97,6 +97,8 @@ def distill(student: str, pools: bool = False, commit: str | None = None, becaus
         page = url_for("flow-run", flow_run)
         tags = {"because": because, tracking.DESCRIPTION: f"[{name}]({page})" if page else ""}
         with tracking.flow_run(f"koala-{profile()}", name, flow_run, params, tags) as run:
+            if pools and LOCK.is_file():  # from it, a stage knows what it made in the last flow
+                run.artifact(LOCK)
             _run_all(stages, flow_run, run.id, at)
             if pools:
                 bring_back(f"evaluate@{student}", flow_run, run.id, show=get_run_logger().info)

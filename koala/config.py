@@ -16,6 +16,8 @@ class Config(BaseModel):
 
     untracked: ClassVar[frozenset[str]] = frozenset({"machine"})
     """Fields that do not decide what a stage makes: a change of them neither reruns nor restarts it."""
+    beside_rows: ClassVar[frozenset[str]] = frozenset()
+    """Fields that decide nothing of a row by itself: what was made of it by other values of them is taken over."""
 
     def recipe(self) -> dict[str, Any]:
         """Return the fields that decide what a stage makes, as JSON-able values."""
@@ -24,6 +26,10 @@ class Config(BaseModel):
     def resume_key(self) -> dict[str, Any]:
         """Return the part of `recipe()` that interrupted work must share to be resumed."""
         return self.recipe()
+
+    def of_rows(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the part of a recipe that decides what is made of a row by itself."""
+        return {name: value for name, value in recipe.items() if name not in self.beside_rows}
 
     def of_work(self, name: str) -> Self:
         """Return the configuration for a work folder, whose name is the same on every machine."""

@@ -7,7 +7,7 @@
 dvc.yaml says which artifacts a stage reads and which it makes: a dep `artifacts/demo/latents` becomes the argument
 `latents`. Work in progress lies in runs/STAGE/KEY/out, where KEY follows from the stage's recipe and the content of its
 inputs: a stage that was interrupted finds it again. Stages that work by row also find, in their state, what they made last of
-another list, by the same recipe, code and other inputs. Nobody but the runner knows of these folders.
+other rows, by the same recipe, code and other inputs (koala.previous). Nobody but the runner knows of these folders.
 """
 
 import errno
@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from koala import params as parameters
-from koala import provenance, requirements
+from koala import previous, provenance, requirements
 from koala.config import Config
 from koala.console import say
 from koala.disk import naming_full_disk
@@ -39,8 +39,24 @@ ARTIFACTS = "artifacts"
 WORK = Path("runs")
 HASHES = WORK / "hashes.sqlite"
 _JUDGED = ("reference", "evaluate", "publish")  # their images are what the gate decides by
-_BY_ROW = {"download": "table", "encode": "kept"}  # take over rows of this input that did not change
 _FINISHED = "finished"  # marks a work folder whose artifact is in place, and whose state stays for more of the same
+
+
+@dataclass(frozen=True)
+class _ByRow:
+    """What a stage that works by row takes over of what it made last."""
+
+    others: frozenset[str]
+    """Inputs and files that may be others than then."""
+    parts: tuple[str, ...] = ("",)
+    """Beginnings of the names of the files that it reads."""
+
+
+_BY_ROW = {
+    "download": _ByRow(frozenset({"table"})),
+    "filter": _ByRow(frozenset({"images", "scores", "forget.yaml"}), ("manifest.json", "verdicts/", "judged/")),
+    "encode": _ByRow(frozenset({"kept"})),
+}
 
 
 @dataclass(frozen=True)
@@ -102,7 +118,7 @@ class Job:
             (work / "recipe.json").write_text(json.dumps(self.config.recipe(), indent=2) + "\n")
             self._offer_earlier(out, hashes)
             function(self.config.of_work(work.relative_to(WORK).as_posix()), **self.inputs, out=out, run=run)
-            (out / STATE / EARLIER).unlink(missing_ok=True)
+            shutil.rmtree(out / STATE / EARLIER, ignore_errors=True)
             made_by = self._publish(work, out, hashes, run.id)
             run.artifact(self.artifact / provenance.FILE)
             run.tags({"data_hash": made_by["content"]})
@@ -145,8 +161,6 @@ class Job:
         made_by |= {name: last[name] for name in now} if last.items() >= made_by.items() else now
         provenance.write(out, made_by)
         provenance.write(work.parent, made_by)
-        if self.stage in _BY_ROW:
-            self._keep(out)
         move(out, self.artifact)
         if kept.is_dir():
             out.mkdir()
@@ -156,36 +170,28 @@ class Job:
             shutil.rmtree(work)
         return made_by
 
-    @property
-    def _earlier(self) -> Path:
-        """The folder that holds what the stage made last by this recipe and this code: anything else is not reused."""
-        code = {file.as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in self.code if file.is_file()}
-        parts = json.dumps({"config": self.config.resume_key(), "code": code}, sort_keys=True)
-        return WORK / self.stage / EARLIER / self.params.profile / hashlib.sha256(parts.encode()).hexdigest()[:16]
-
     def _offer_earlier(self, out: Path, hashes: Mapping[str, str]) -> None:
-        """Link what the stage made last into its state, if that was of another list: who makes the same again wants it made."""
-        link = out / STATE / EARLIER
-        link.unlink(missing_ok=True)
-        then = provenance.read(self._earlier).get("inputs")
-        if then and {noun for noun in hashes if hashes[noun] != then.get(noun)} == {_BY_ROW[self.stage]}:
-            link.parent.mkdir(exist_ok=True)
-            link.symlink_to(os.path.relpath(self._earlier, link.parent))
-
-    def _keep(self, out: Path) -> None:
-        """Keep what was made for the next run, in place of what was kept, by hard links: they take no room of their own."""
-        kept = self._earlier
-        partial = kept.with_name(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            shutil.copytree(out, partial, copy_function=os.link)
-        except OSError:  # a file system without hard links: the next run makes all rows
-            shutil.rmtree(partial, ignore_errors=True)
+        """Link what the stage made last into its state, if that was of other rows: who makes the same again wants it made."""
+        folder = out / STATE / EARLIER
+        shutil.rmtree(folder, ignore_errors=True)
+        by_row = _BY_ROW.get(self.stage)
+        last = previous.find(self.name, self.artifact) if by_row else None
+        if not by_row or not last:
             return
-        for left in kept.parent.iterdir():
-            if left != partial:
-                shutil.rmtree(left)
-        os.replace(partial, kept)
+        code = {path for path in last.changed(self.code) if not _is_artifact(path)}
+        if not code <= by_row.others:
+            return
+        try:
+            with last.opened() as files:
+                then, now = json.loads(files.read(provenance.FILE)), self.config.recipe()
+                changed = code | {noun for noun in hashes if hashes[noun] != then["inputs"].get(noun)}
+                same_rows = self.config.of_rows(now) == self.config.of_rows(then["config"])
+                if same_rows and changed <= by_row.others and (changed or now != then["config"]):
+                    files.link(folder, by_row.parts)
+        except Exception as error:  # what stands behind a remote has errors of its own
+            shutil.rmtree(folder, ignore_errors=True)
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            say(f"{self.name}: what was made last cannot be had ({reason}): all rows are made")
 
     def _say_of_others(self, work: Path) -> None:
         """Name unfinished work of this stage that another recipe or other inputs have left, since it is not resumed."""

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from dvc.repo import Repo
 
 from koala import provenance, runner
 from koala.config import Config
+from koala.data import forget
 from koala.errors import KoalaError
 from koala.run import EARLIER, STATE
 
@@ -348,53 +351,172 @@ def test_a_copy_that_does_not_fit_leaves_the_artifact_before(other_disk: Path) -
     assert (TABLE / "made").stat().st_size == 200_000
 
 
-def test_a_stage_by_row_finds_what_it_made_last_of_other_inputs(workspace: Path, change_params) -> None:
-    """Linked, so that it takes no room; not of the same inputs, another recipe, or other code."""
-    code = Path("koala/data/download.py")
-    code.parent.mkdir(parents=True)
-    code.write_text("first")
-    found: list[str | None] = []
+# What a stage by row made last, with a real DVC.
 
-    def looks(config: Config, table: Path, out: Path, run: object) -> None:
-        earlier = out / STATE / EARLIER
-        found.append((earlier / "made").read_text() if earlier.exists() else None)
-        (out / "made").write_text((table / "made").read_text())
+CODE, IMAGES = Path("code"), Path("artifacts/smoke/images")
+LOOKS = """
+from pathlib import Path
+from koala import runner
+def looks(config, out, run, **inputs):
+    found = list((out / "state/earlier").rglob("*"))
+    with Path("found").open("a") as lines:
+        print(*[file.read_text() for file in found if file.name == "made"] or ["nothing"], file=lines)
+    (out / "made").write_text(next(iter(inputs.values())).joinpath("made").read_text())
+if __name__ == "__main__":
+    runner.prepare("download").run(looks)
+"""
 
-    def download(table: str) -> None:
-        make("source", table)
-        runner.prepare("download").run(looks)
 
+@pytest.fixture
+def by_row(workspace: Path) -> Path:
+    """A checkout with DVC and without git, the current folder. Its stages by row have two files among their deps."""
+    document = yaml.safe_load(Path("dvc.yaml").read_text())
+    document = {"stages": {name: document["stages"][name] for name in ("source", "download", "filter", "encode")}}
+    for stage in document["stages"].values():
+        stage["deps"] = [dep for dep in stage["deps"] if dep.startswith("artifacts/")] + ["forget.yaml", str(CODE)]
+    document["stages"]["download"]["cmd"] = f"{sys.executable} looks.py"
+    Path("dvc.yaml").write_text(yaml.safe_dump(document))
+    Path("looks.py").write_text(LOOKS)
+    CODE.write_text("first")
+    Repo.init(no_scm=True).close()
+    return workspace
+
+
+def looks(config: Config, out: Path, run: object, **inputs: Path) -> None:
+    namespace: dict[str, Any] = {}
+    exec(LOOKS, namespace)
+    namespace["looks"](config, out, run, **inputs)
+
+
+def found() -> list[str]:
+    """What each run saw of what was made last."""
+    return Path("found").read_text().splitlines()
+
+
+def record(*stages: str) -> None:
+    """Have dvc.lock and the cache know what is there, as after `dvc repro`."""
+    with Repo() as repo:
+        for stage in stages:
+            repo.commit(stage, force=True)
+
+
+def download(table: str) -> None:
+    make("source", table)
+    runner.prepare("download").run(looks)
+
+
+def test_a_stage_by_row_finds_what_it_made_last_of_other_inputs(by_row: Path, change_params) -> None:
+    """Not of the same inputs, by another recipe, or by other code."""
     download("a")
-    images = Path("artifacts/smoke/images")
-    kept = list(Path("runs/download").rglob("made"))
-    assert [file.stat().st_ino for file in kept] == [(images / "made").stat().st_ino]
-    shutil.rmtree(images)  # as DVC does before it runs a stage
+    record("source", "download")
+    shutil.rmtree(IMAGES)  # as DVC does before it runs a stage
     download("b")
+    assert {path.name for path in IMAGES.iterdir()} == {"made", "provenance.json"}
+    assert (IMAGES / "made").read_text() == "b"
+    record("source", "download")
     download("b")
-    assert found == [None, "a", None]
-    assert {path.name for path in images.iterdir()} == {"made", "provenance.json"}
-    code.write_text("second")
     download("c")
-    change_params(download={"image_size": 64})
+    assert found() == ["nothing", "a", "nothing", "b"]
+    CODE.write_text("second")
+    download("c")
+    record("source", "download")
     download("d")
+    forget.add("asked for", url="https://example.com/1")
+    download("d")
+    record("source", "download")
+    change_params(download={"image_size": 64})
     download("e")
-    assert found[3:] == [None, None, "d"]
-    assert len(list(Path("runs/download").rglob("made"))) == 1, "only the last is kept"
-    make("source", "f")
-    assert not list(Path("runs/source").rglob("made"))
+    assert found()[4:] == ["nothing", "c", "nothing", "nothing"]
 
 
-def test_latents_are_offered_for_other_images_not_for_another_teacher(workspace: Path) -> None:
-    found: list[bool] = []
+def test_a_checkout_without_it_fetches_it_while_dvc_runs_the_stage(
+    by_row: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    remote = tmp_path_factory.mktemp("remote")
+    Path(".dvc/config").write_text(
+        Path(".dvc/config").read_text() + f"    remote = all\n['remote \"all\"']\n    url = {remote}\n"
+    )
+    download("a")
+    record("source", "download")
+    with Repo() as repo:
+        repo.push()
+    other = tmp_path_factory.mktemp("other") / "checkout"
+    shutil.copytree(by_row, other, symlinks=True, ignore=shutil.ignore_patterns("cache", "images", "found", "runs"))
+    monkeypatch.chdir(other)
+    make("source", "b")
+    done = subprocess.run([sys.executable, "-m", "dvc", "repro", "--single-item", "download"], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert found() == ["a"]
+    download("c")
+    assert found() == ["a", "b"]
+    # Nobody pushed this. Then there is no remote.
+    capsys.readouterr()
+    for reason in ("neither in DVC's cache nor on its remote", "DVC has no remote"):
+        shutil.rmtree(".dvc/cache", ignore_errors=True)
+        download("d")
+        assert found()[-1] == "nothing"
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "made last" in line]
+        assert line.startswith("download: what was made last cannot be had (")
+        assert reason in line
+        Path(".dvc/config").write_text("[core]\n    no_scm = True\n")
 
-    def looks(config: Config, kept: Path, teacher: Path, out: Path, run: object) -> None:
-        found.append((out / STATE / EARLIER).exists())
-        (out / "made").write_text("")
 
+@pytest.mark.parametrize("lock", ["", "stages: []", "stages: {download: {outs: [{path: x}]}}", "\t", "schema: '9'"])
+def test_a_lock_that_says_nothing_of_the_last_run_stops_nobody(workspace: Path, lock: str) -> None:
+    Path("dvc.lock").write_text(lock)
+    make("source")
+    runner.prepare("download").run(looks)
+    assert found() == ["nothing"]
+
+
+def test_a_lock_where_dvc_is_not_set_up_stops_nobody(workspace: Path, capsys: Any) -> None:
+    outs = [{"path": str(IMAGES), "md5": f"{0:032}.dir"}]
+    Path("dvc.lock").write_text(yaml.safe_dump({"stages": {"download": {"deps": [], "outs": outs}}}))
+    make("source")
+    runner.prepare("download").run(looks)
+    assert found() == ["nothing"]
+    assert (
+        "download: what was made last cannot be had (you are not inside of a DVC repository" in capsys.readouterr().err
+    )
+
+
+def test_latents_are_offered_for_other_images_not_for_another_teacher(by_row: Path) -> None:
     for noun, text in (("kept", "a"), ("teacher", "a"), ("kept", "b"), ("teacher", "b")):
         folder = Path("artifacts/smoke", noun)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "made").write_text(text)
         if Path("artifacts/smoke/teacher").exists():
             runner.prepare("encode").run(looks)
-    assert found == [False, True, False]
+            record("encode")
+    assert found() == ["nothing", "a", "nothing"]
+
+
+def test_the_filter_finds_what_it_judged_also_after_a_takedown_and_another_quota(by_row: Path, change_params) -> None:
+    """But none of the shards that it wrote, and nothing by other rules."""
+
+    def judges(config: Config, images: Path, scores: Path, out: Path, run: object) -> None:
+        earlier = out / STATE / EARLIER
+        seen.append({file.relative_to(earlier).as_posix() for file in earlier.rglob("*") if file.is_file()})
+        for name in ("judged/0", "verdicts/0", "manifest.json", "00000.tar"):
+            (out / name).parent.mkdir(exist_ok=True)
+            (out / name).write_text(name)
+
+    def run() -> set[str]:
+        runner.prepare("filter").run(judges)
+        record("filter")
+        return seen[-1]
+
+    seen: list[set[str]] = []
+    for noun in ("images", "scores"):
+        Path("artifacts/smoke", noun).mkdir(parents=True)
+    all_of_it = {"judged/0", "verdicts/0", "manifest.json"}
+    assert run() == set()
+    assert run() == set(), "the same again"
+    Path("artifacts/smoke/images/made").write_text("other images")
+    assert run() == all_of_it
+    forget.add("asked for", url="https://example.com/1")
+    assert run() == all_of_it
+    change_params(filter={"quotas": [{"by": "host", "at_most": 3}]})
+    assert run() == all_of_it
+    change_params(filter={"rules": {"words": {"at_least": 7}}})
+    assert run() == set()

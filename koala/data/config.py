@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -70,6 +70,8 @@ class DownloadMachine(FetchConfig, SharedWork):
 class DownloadConfig(Config):
     """How img2dataset fetches and resizes images."""
 
+    beside_rows: ClassVar[frozenset[str]] = frozenset({"sidecar"})
+
     image_size: int = Field(gt=0)
     """Target size in pixels. Larger images are resized to it; smaller ones are left as they are."""
     resize_mode: Literal["keep_ratio", "center_crop", "border", "no"] = "keep_ratio"
@@ -97,7 +99,7 @@ class DownloadConfig(Config):
 
     def resume_key(self) -> dict[str, Any]:
         """Return the recipe without the sidecar: another route to the same images does not restart the download."""
-        return {name: value for name, value in self.recipe().items() if name != "sidecar"}
+        return self.of_rows(self.recipe())
 
 
 class FilterMachine(SharedWork):
@@ -137,6 +139,10 @@ class Quota(Config):
 
 class FilterConfig(Config):
     """Which samples are kept."""
+
+    beside_rows: ClassVar[frozenset[str]] = frozenset(
+        {"near_duplicates", "quotas", "hash_lists", "shard_size", "forget"}
+    )
 
     rules: tuple[SerializeAsAny[Rule], ...] = ()
     """Rules in the order in which they apply. A sample is counted under the first rule that it breaks."""

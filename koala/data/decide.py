@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from koala.console import progress
 from koala.data.alike import confirm, propose
 from koala.data.config import FilterConfig, Quota
 from koala.data.dedup import Chain, Groups, batches
+from koala.data.earlier_verdicts import JUDGED
 from koala.data.forget import read_hashes
-from koala.data.judge import FACTS, FINGERPRINTS, quota_columns
+from koala.data.judge import FACTS, FINGERPRINTS, KEPT_FINGERPRINTS, quota_columns
+from koala.data.tally import FOLDER
 from koala.errors import KoalaError
 
 if TYPE_CHECKING:
@@ -37,7 +40,8 @@ PLACES = pa.schema({"shard": pa.string(), "group": pa.int64()})
 def decide(judged: Sequence[Path], config: FilterConfig, state: Path, out: Path) -> Plan:
     """Write the verdicts on all samples to `out / "verdicts"`, a table for each judged one, and return the plan.
 
-    What an interrupted call has decided is taken over; what an earlier call has written is removed.
+    `out / "judged"` gets what a later run needs beside them to take over what was judged. What an interrupted call has decided is
+    taken over; what an earlier call has written is removed.
     """
     file = state / "plan.json"
     key = _key(judged, config)
@@ -48,10 +52,10 @@ def decide(judged: Sequence[Path], config: FilterConfig, state: Path, out: Path)
         file.unlink()
     for left in (*out.glob("*.tar"), *out.glob("*.json"), *out.glob("*.png"), *out.glob("*.html")):
         left.unlink()
-    verdicts = out / "verdicts"
-    shutil.rmtree(verdicts, ignore_errors=True)
-    verdicts.mkdir()
-    plan = _decide(judged, config, state, verdicts)
+    for folder in (out / FOLDER, out / JUDGED):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    plan = _decide(judged, config, state, out)
     unfinished = file.with_suffix(".part")
     unfinished.write_text(json.dumps({"key": key, "plan": plan}))
     os.replace(unfinished, file)
@@ -65,7 +69,7 @@ def _key(judged: Sequence[Path], config: FilterConfig) -> str:
     return hashlib.sha256(json.dumps([config.recipe(), lists, stamps], sort_keys=True).encode()).hexdigest()
 
 
-def _decide(judged: Sequence[Path], config: FilterConfig, state: Path, verdicts: Path) -> Plan:
+def _decide(judged: Sequence[Path], config: FilterConfig, state: Path, out: Path) -> Plan:
     import duckdb
 
     for left in state.glob("decide-*"):  # of a run that was killed
@@ -87,7 +91,7 @@ def _decide(judged: Sequence[Path], config: FilterConfig, state: Path, verdicts:
             _find_groups(connection, config)
             _decide_groups(connection)
             _apply_quotas(connection, config.quotas)
-            plan = _write_verdicts(connection, judged, counted, config.shard_size, verdicts)
+            plan = _write_verdicts(connection, judged, counted, config.shard_size, out)
     return plan
 
 
@@ -247,7 +251,7 @@ def _write_verdicts(
     judged: Sequence[Path],
     counted: Sequence[str],
     shard_size: int,
-    verdicts: Path,
+    out: Path,
 ) -> Plan:
     plan: dict[str, list[str]] = {}
     kept = 0
@@ -275,9 +279,13 @@ def _write_verdicts(
             places.append(place)
             groups.append(group)
         values = [name for name in table.column_names if name not in hidden]
+        # Of what is taken down, nothing to look at stays.
+        shown = pa.array([rule != "forgotten" for rule in rules])
+        own = {name: pc.if_else(shown, table[name], None) for name in ("rule", *KEPT_FINGERPRINTS)}
+        pq.write_table(pa.table(own), out / JUDGED / file.name)
         table = table.set_column(table.column_names.index("rule"), "rule", pa.array(rules, pa.string()))
         for field, column in zip(PLACES, (places, groups), strict=True):
             table = table.append_column(field, pa.array(column, field.type))
         table = table.select([*FACTS.names, *PLACES.names, *values]).replace_schema_metadata(None)
-        pq.write_table(table, verdicts / file.name)
+        pq.write_table(table, out / FOLDER / file.name)
     return plan

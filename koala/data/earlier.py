@@ -8,7 +8,7 @@ A row's identity is a hash of all that it follows from. What is taken over has t
 """
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,27 @@ _PART = "row"
 _AT_ONCE = 10_000  # values of a query: SQLite takes 32,766
 
 
-def find(out: Path) -> Path | None:
-    """Return the folder that an earlier run made, if there is one whose files are as its manifest says, by names and sizes."""
+def find(out: Path, parts: Sequence[str] | None = None) -> Path | None:
+    """Return the folder that an earlier run made, if there is one whose files are as its manifest says, by names and sizes.
+
+    parts: folders in it, where no others are needed.
+    """
     folder = out / STATE / EARLIER
     if not folder.is_dir() or not manifest.read(folder):
         return None
     try:
-        manifest.check(folder)
+        manifest.check(folder, parts)
     except KoalaError as error:
         say(f"nothing is taken over from the last run: {error}")
         return None
     return folder
 
 
-def is_intact(*files: Path) -> bool:
-    """Return whether the content of files is as their manifest says; say of the first that is not."""
+def is_intact(*files: Path, folder: Path | None = None) -> bool:
+    """Return whether the content of files is as the manifest of `folder` says, or of their own; say of the first that is not."""
     try:
         for file in files:
-            manifest.verify(file)
+            manifest.verify(file, folder)
     except (KoalaError, OSError) as error:
         say(f"a shard of the last run is made anew: {error}")
         return False

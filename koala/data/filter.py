@@ -2,26 +2,30 @@
 
 Three passes: each sample is judged by itself (koala.data.judge, a table an input shard), all are decided on together
 (koala.data.decide), and the kept ones are written (here, an output shard at a time). Judging and writing run in several
-processes. A killed run resumes after the last finished shard; the bytes are the same whatever the number of processes and kills.
+processes. A killed run resumes after the last finished shard. Samples that an earlier run has judged are not judged again. The
+bytes are the same whatever the number of processes and kills, and whatever was judged before.
 """
 
 import hashlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from koala.console import progress, say
-from koala.data import manifest
+from koala.data import earlier, manifest
 from koala.data.config import FilterConfig
 from koala.data.decide import Plan, decide
+from koala.data.earlier_verdicts import earlier_verdicts
 from koala.data.executor import each
 from koala.data.filter_report import PAGE, PLOTS, SUMMARY, report
 from koala.data.judge import SCORER, judge_shards
 from koala.data.shards import Sample, read_shard, shards, write_shard
+from koala.data.tally import FOLDER
 from koala.errors import KoalaError
 from koala.run import STATE, Run
 
@@ -31,8 +35,9 @@ NOT_KEPT_META = ("status", "error_message")
 def filter(config: FilterConfig, images: Path, scores: Path, out: Path, run: Run) -> None:
     """Write the samples of `images` that are worth training on to shards in `out`.
 
-    `out` also gets verdicts/NAME.parquet for each shard NAME.tar of `images` (what became of each sample and why), and the
-    report (koala.data.filter_report). `scores` holds a table of scores for each shard, or none.
+    `out` also gets verdicts/NAME.parquet for each shard NAME.tar of `images` (what became of each sample and why), with
+    judged/NAME.parquet (what a later run need not find again), and the report (koala.data.filter_report). `scores` holds a table
+    of scores for each shard, or none.
     Raises KoalaError if nothing is kept, and for a shard that cannot be read.
     """
     inputs = shards(images)
@@ -44,10 +49,11 @@ def filter(config: FilterConfig, images: Path, scores: Path, out: Path, run: Run
         manifest.check(folder)
     manifest.resume(out, config, *folders)
     state = out / STATE
-    judged = judge_shards(inputs, config, state / "judged", scored)
+    known = partial(earlier_verdicts, out, config.machine.processes)
+    judged = judge_shards(inputs, config, state / "judged", scored, known)
     plan = decide(judged, config, state, out)
     bounds = {name: ends for rule in config.rules for name, ends in rule.bounds().items()}
-    summary = report(out / "verdicts", images, bounds, out)
+    summary = report(out / FOLDER, images, bounds, out)
     if not summary["kept"]:
         rule, count = next(iter(summary["dropped"].items()), ("no sample at all", 0))
         raise KoalaError(
@@ -55,10 +61,15 @@ def filter(config: FilterConfig, images: Path, scores: Path, out: Path, run: Run
         )
     write_kept(images, plan, config, out)
     run.metrics({name: summary[name] for name in ("samples", "kept", "kept_share")})
+    reused = earlier.reused(state / "judged")
+    run.metrics({"reused": reused, "new": summary["samples"] - reused})
     run.metrics({f"dropped.{rule}": count for rule, count in summary["dropped"].items()})
     for file in (out / SUMMARY, out / PAGE, *sorted((out / PLOTS).iterdir())):
         run.artifact(file)
-    say(f"filter: {summary['kept']} of {summary['samples']} samples kept ({summary['kept_share']:.1%})")
+    say(
+        f"filter: {summary['kept']} of {summary['samples']} samples kept ({summary['kept_share']:.1%}), "
+        f"{reused} of the judgements taken over from the last run"
+    )
     manifest.write(out)
     shutil.rmtree(state)
 
@@ -77,7 +88,7 @@ def write_kept(images: Path, plan: Plan, config: FilterConfig, out: Path) -> Non
         _Job(
             out / name,
             out / STATE / name,
-            tuple((images / f"{source}.tar", out / "verdicts" / f"{source}.parquet") for source in sources),
+            tuple((images / f"{source}.tar", out / FOLDER / f"{source}.parquet") for source in sources),
         )
         for name, sources in plan.items()
     ]

@@ -1,14 +1,14 @@
 """The filter's first pass: judges each sample by itself, a table a shard.
 
 A table holds the values that rules measure, the rule that the sample breaks, and the fingerprints by which the second pass
-finds duplicates.
+finds duplicates. What an earlier run found of a sample that did not change (koala.data.earlier) is taken over.
 """
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from koala.console import progress
-from koala.data import manifest
+from koala.data import earlier, manifest
 from koala.data.config import FilterConfig, Quota
+from koala.data.earlier_verdicts import EarlierVerdicts, identity
 from koala.data.executor import each
 from koala.data.fingerprints import EMBEDDING_HASHES, LOOK_HASHES, dhash, pattern, plane_hashes, thumbnail
 from koala.data.registration import miniature
@@ -46,6 +47,7 @@ FACTS = pa.schema(
 """Columns of a verdict that are known of a sample by itself. The measured values follow, float64."""
 FINGERPRINTS = pa.schema(
     {
+        "identity": pa.binary(32),  # koala.data.earlier_verdicts
         "position": pa.int64(),  # the shard's index * 2**32 + the row
         "fetched_sha256": pa.binary(32),  # of the file before the download resized it, where recorded
         "thumbnail": pa.binary(),
@@ -54,7 +56,9 @@ FINGERPRINTS = pa.schema(
         **{name: pa.uint64() for name in (*LOOK_HASHES, *EMBEDDING_HASHES)},
     }
 )
-"""Columns that only the second pass needs."""
+"""Columns that verdicts do not have."""
+KEPT_FINGERPRINTS = ("identity", "fetched_sha256", "thumbnail", "miniature")
+"""Those that a later run takes over. The others follow from them, or from the sample's place and scores."""
 SCORER = b"scorer"
 """Metadata of a value's field that comes from a scorer: such values travel on with the sample."""
 
@@ -66,6 +70,7 @@ class _Job:
     scores: Path | None
     output: Path
     config: FilterConfig
+    known: EarlierVerdicts | None = None
 
     def stamp(self) -> str:
         """Return what a table is made from. One with another stamp is made again."""
@@ -81,10 +86,17 @@ class _Job:
         return self.output.is_file() and pq.read_schema(self.output).metadata.get(b"stamp") == self.stamp().encode()
 
 
-def judge_shards(inputs: Sequence[Path], config: FilterConfig, folder: Path, scores: Path | None = None) -> list[Path]:
+def judge_shards(
+    inputs: Sequence[Path],
+    config: FilterConfig,
+    folder: Path,
+    scores: Path | None = None,
+    known: Callable[[], EarlierVerdicts | None] = lambda: None,
+) -> list[Path]:
     """Write a judged table for each shard that has none in `folder`, and return all tables in the shards' order.
 
     scores: a folder with NAME.parquet for each shard NAME.tar: key, sha256, float32 columns and, if there is one, `embedding`.
+    known: looks up what an earlier run has judged; called where a shard is to be judged.
     Raises KoalaError where a shard cannot be read, or its scores are missing or of other samples.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,6 +115,8 @@ def judge_shards(inputs: Sequence[Path], config: FilterConfig, folder: Path, sco
             if file and not file.is_file():
                 raise KoalaError(f"{file} is gone: make its folder again")
     pending = [job for job in jobs if not job.finished()]
+    if pending and (found := known()):
+        pending = [replace(job, known=found) for job in pending]
     with each(_judge_shard, pending, config.machine.processes, config.machine.engine) as finished:
         for _ in progress(finished, "filter: shards judged", total=len(jobs), done=len(jobs) - len(pending)):
             pass
@@ -119,17 +133,42 @@ def _judge_shard(job: _Job) -> None:
         columns += [pa.field(name, pa.float64(), metadata={SCORER: b"1"}) for name in scores.names]
     quotas = [field for index in range(len(job.config.quotas)) for field in quota_columns(index)]
     schema = pa.schema([*FACTS, *columns, *FINGERPRINTS, *quotas], metadata={"stamp": stamp})
-    samples = read_shard(job.shard)
-    rows = []
-    for row, sample in enumerate(scores.join(samples) if scores else samples):
-        scored = scores.of(sample) if scores else {}
-        judged = judge(sample, job.config) | scored
-        rows.append(judged | _counted(sample, judged, job.config.quotas) | {"position": (job.index << 32) + row})
+    found, others = _known(job, scores)
+    reused = len(found)
+    for sample in _read(job, scores, others):
+        found[sample.key] = _row(job, scores, sample, judge(sample, job.config) | {"identity": identity(sample)})
+    if scores:
+        scores.check(len(found))
+    rows = [found[key] | {"position": (job.index << 32) + row} for row, key in enumerate(sorted(found))]
     _add_hashes(rows, "thumbnail", LOOK_HASHES, lambda pixels: pattern(np.frombuffer(pixels, np.uint8)[None])[0])
     _add_hashes(rows, "embedding", EMBEDDING_HASHES, lambda embedding: np.frombuffer(embedding, np.float16))
+    earlier.note_reused(job.output.parent, job.output.stem, reused)
     unfinished = job.output.with_suffix(".part")
     pq.write_table(pa.Table.from_pylist(rows, schema), unfinished)
     os.replace(unfinished, job.output)
+
+
+def _known(job: _Job, scores: "Scores | None") -> tuple[dict[str, dict[str, Any]], set[str] | None]:
+    """Return the rows, by key, of the shard's samples that an earlier run has judged, and the keys of the others; None: all."""
+    if job.known is None:
+        return {}, None
+    # Without their images, which need not be in memory together.
+    samples = [(identity(sample), replace(sample, image=b"")) for sample in _read(job, scores)]
+    judged = job.known.find([name for name, _ in samples])
+    rows = {sample.key: _row(job, scores, sample, judged[name]) for name, sample in samples if name in judged}
+    return rows, {sample.key for _, sample in samples} - rows.keys()
+
+
+def _read(job: _Job, scores: "Scores | None", only: Container[str] | None = None) -> Iterator[Sample]:
+    """Yield the samples of the shard, or those of some keys, with their scores if there are any."""
+    for sample in read_shard(job.shard, only):
+        yield scores.join(sample) if scores else sample
+
+
+def _row(job: _Job, scores: "Scores | None", sample: Sample, judged: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sample's columns: what was judged, and what follows from its place, its scores and the quotas."""
+    row = {**judged, "key": sample.key, **(scores.of(sample) if scores else {})}
+    return row | _counted(sample, row, job.config.quotas)
 
 
 def _add_hashes(
@@ -237,17 +276,17 @@ class Scores:
             line = " ".join(str(error).split())[:200]
             raise KoalaError(f"{file} is no table of scores ({line}): make the scores again") from None
 
-    def join(self, samples: Iterator[Sample]) -> Iterator[Sample]:
-        """Yield the samples, each with its scores in `meta`. Raises KoalaError where the table is of other samples."""
-        seen = 0
-        for sample in samples:
-            if self._sha256.get(sample.key) != hashlib.sha256(sample.image).digest():
-                raise KoalaError(f"{self._file} holds no scores of the image {sample.key}: make the scores again")
-            seen += 1
-            yield replace(sample, meta=sample.meta | self._scores[sample.key])
-        if seen != len(self._sha256):
+    def join(self, sample: Sample) -> Sample:
+        """Return a sample with its scores in `meta`. Raises KoalaError where the table is of other images."""
+        if self._sha256.get(sample.key) != hashlib.sha256(sample.image).digest():
+            raise KoalaError(f"{self._file} holds no scores of the image {sample.key}: make the scores again")
+        return replace(sample, meta=sample.meta | self._scores[sample.key])
+
+    def check(self, images: int) -> None:
+        """Raise KoalaError where the table is of another number of images."""
+        if images != len(self._sha256):
             raise KoalaError(
-                f"{self._file} holds scores of {len(self._sha256)} images, not {seen}: make the scores again"
+                f"{self._file} holds scores of {len(self._sha256)} images, not {images}: make the scores again"
             )
 
     def of(self, sample: Sample) -> dict[str, Any]:

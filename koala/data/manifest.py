@@ -14,7 +14,7 @@ another way has the same manifest. A folder without one is accepted: other peopl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -88,15 +88,21 @@ def _parse(file: Path, _changed: int) -> Manifest:
     return Manifest(document["inputs"], {name: Entry(**entry) for name, entry in document["files"].items()})
 
 
-def check(folder: Path) -> None:
+def check(folder: Path, parts: Sequence[str] | None = None) -> None:
     """Compare names and sizes of a folder's data files with its manifest. Without one, only empty files are refused.
+
+    parts: folders in it that are looked at, where not all of it is.
 
     Raises:
         KoalaError: A file is missing, empty, truncated, of another size, or not listed.
     """
     found = {_name(file, folder): file.stat().st_size for file in _data_files(folder)}
     manifest = read(folder)
-    listed = manifest.files if manifest else {}
+    listed = dict(manifest.files) if manifest else {}
+    if parts is not None:
+        for names in (found, listed):
+            for name in [name for name in names if name.partition("/")[0] not in parts]:
+                del names[name]
     for name in listed:
         if name not in found:
             raise KoalaError(f"{folder / name} is missing, though {FILE} lists it: {_REMEDY}")
@@ -111,13 +117,15 @@ def check(folder: Path) -> None:
             raise KoalaError(f"{folder / name} {how}: {size} bytes, where {FILE} says {expected}; {_REMEDY}")
 
 
-def verify(file: Path) -> None:
+def verify(file: Path, folder: Path | None = None) -> None:
     """Compare the content of one file with its folder's manifest, if that lists it, and a shard with img2dataset's counts.
 
+    folder: where the manifest is, if not beside the file.
     Raises KoalaError if they differ.
     """
-    manifest = read(file.parent)
-    entry = manifest.files.get(file.name) if manifest else None
+    folder = folder or file.parent
+    manifest = read(folder)
+    entry = manifest.files.get(_name(file, folder)) if manifest else None
     with _readable(file):
         if entry and _sha256(file) != entry.sha256:
             raise KoalaError(f"{file} has another content than {FILE} says: {_REMEDY}")

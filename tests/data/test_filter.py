@@ -160,7 +160,7 @@ def test_rules_are_written_and_read_with_their_options() -> None:
 
 
 CONFIG = FilterConfig(rules=(Words(),))
-REPORT = ("report.json", "report.html", "plots", "verdicts")
+REPORT = ("report.json", "report.html", "plots", "verdicts", "judged")
 SCORED = Path("scores")  # none there: nothing was scored
 
 
@@ -244,7 +244,7 @@ def test_the_stage_keeps_counts_and_shows(out: Path, recorder: Any) -> None:
     for name in ("report.json", "report.html", "funnel.png", "dropped.png"):
         assert name in recorder.files
     assert Image.open(out / "plots" / "kept.png").width > 300
-    assert {file.name for file in out.iterdir()} == {"00000.tar", "00001.tar", "verdicts", "manifest.json", *REPORT}, (
+    assert {file.name for file in out.iterdir()} == {"00000.tar", "00001.tar", "manifest.json", *REPORT}, (
         "work in progress is left behind"
     )
 

@@ -54,6 +54,8 @@ def shared(project: Path, s3_server: tuple[str, int]) -> Path:
         "if out.name in ('knead', 'heat'):\n"
         "    made_of = Path('recipe' if out.name == 'knead' else 'artifacts/demo/knead/from')\n"
         "    (out / 'from').write_text(made_of.read_text())\n"
+        "if Path('dvc.lock').is_file() and 'c0ffee' in Path('dvc.lock').read_text():\n"
+        "    print(out.name, 'knows what was made last')\n"
     )
     with (project / ".gitignore").open("a") as ignored:
         ignored.write("/runs\n/artifacts\n/.prefect\n")
@@ -203,6 +205,11 @@ def test_a_flow_runs_each_stage_on_a_machine_of_its_pool_once(
     assert deploy(pools=True) == ["koala-a", "koala-b"]
     assert client.read_deployment_by_name("distill/koala-a").parameters == {"student": "koala-a", "pools": True}
     joined("gpu", "--pool", "gpu", "--machine", "a-gpu")
+    # This checkout has the dvc.lock of an earlier flow, over another recipe.
+    outs = [{"path": "artifacts/demo/knead", "md5": f"{'c0ffee':0<32}.dir", "hash": "md5", "size": 5, "nfiles": 1}]
+    deps = [{"path": "recipe", "md5": "0" * 32, "hash": "md5", "size": 5}]
+    stages = {"knead": {"cmd": "python stage.py artifacts/demo/knead", "deps": deps, "outs": outs}}
+    (shared / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
     request.getfixturevalue("forked")  # what started by itself once, with one stage of four, starts sooner now
     joined("cpu", "--pool", "cpu", "--machine", "a-cpu")
     git_commit.cache_clear()
@@ -211,6 +218,7 @@ def test_a_flow_runs_each_stage_on_a_machine_of_its_pool_once(
     logs = "".join((tmp_path / f"{pool}.log").read_text() for pool in ("cpu", "gpu"))
     assert state.is_completed(), f"{state.message}\n{logs}"
     assert "making knead" in (tmp_path / "cpu.log").read_text()
+    assert "knead knows what was made last" in (tmp_path / "cpu.log").read_text()
     assert "making heat" in (tmp_path / "gpu.log").read_text()
     assert logs.count("making ") == 4
     # This checkout has the figures, not the data, and DVC knows all stages.
