@@ -31,7 +31,7 @@ from prefect.tasks import Task
 from prefect.utilities.urls import url_for
 
 from flows.branches import BranchError, fast_forward
-from flows.lost import close_lost_runs, label
+from flows.lost import close_lost_runs, close_runs_of_ended_flows, label
 from flows.pools import bring_back, run_in_pool
 from flows.pools import commit as clean_commit
 from flows.promote import propose
@@ -81,6 +81,7 @@ def distill(student: str, pools: bool = False, commit: str | None = None, becaus
     """
     flow_run = str(current.get_id())
     label(flow_run)
+    close_runs_of_ended_flows()
     because = why(because)
     try:
         if commit and not pools:

@@ -4,7 +4,7 @@ Each flow run is labelled with its process. Whoever starts next on the same host
 Prefect would show them as running for ever, and one of a deployment would hold its deployment's turn.
 
 A machine that is lost has no such successor. Flow runs send heartbeats (prefect.toml), and with pools an automation of
-Prefect's marks a run that is silent as crashed.
+Prefect's marks a run that is silent as crashed; the next flow closes its runs in MLflow.
 """
 
 from collections.abc import Sequence
@@ -27,6 +27,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
 from flows.repro import clean_up
@@ -87,6 +88,18 @@ def close_lost_runs(flow: str, no_worker: bool = False) -> None:
                 clean_up(str(run.id))
                 _close(client, run.id)
     tracking.close_lost_runs()
+
+
+def close_runs_of_ended_flows() -> None:
+    """Close in MLflow what a flow run that has ended in Prefect left running: the machine that carried it may never come back."""
+    with get_client(sync_client=True) as client:
+        for flow_run in tracking.running_flow_runs():
+            try:
+                state = client.read_flow_run(UUID(flow_run)).state
+            except (ObjectNotFound, ValueError):  # of another server, or of none, over the same store
+                continue
+            if state and state.is_final():
+                tracking.close_runs(flow_run)
 
 
 def _is_lost(run: FlowRun, no_worker: bool) -> bool:

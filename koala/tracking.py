@@ -371,6 +371,11 @@ def close_runs(flow_run_id: str) -> None:
         _client().set_terminated(run.info.run_id, "KILLED")
 
 
+def running_flow_runs() -> set[str]:
+    """Return the ids of the flow runs in Prefect of which a run counts as running here."""
+    return {run.data.tags["flow_run"] for run in _running("tags.flow_run != ''")}
+
+
 def _running(condition: str) -> list[Any]:
     client = _client()
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
-from prefect.states import Running
+from prefect.states import Crashed, Running
 
 from flows import lost
 from koala import tracking
@@ -55,6 +55,19 @@ def test_a_run_whose_process_is_gone_is_closed_in_prefect_and_mlflow(client: Syn
         lost.close_lost_runs(name)
         assert ends(client, gone, alive, elsewhere) == ["CRASHED", "RUNNING", "RUNNING"]
         assert status(run.id) == "KILLED"
+
+
+def test_what_a_machine_left_that_never_came_back_is_closed_in_mlflow(client: SyncPrefectClient, name: str) -> None:
+    crashed, alive = (running(client, name) for _ in range(2))
+    of = {"process.host": "a-machine-that-was-lost"}
+    client.set_flow_run_state(crashed.id, Crashed(), force=True)
+    with (
+        tracking.flow_run("koala-demo", name, str(crashed.id), tags=of) as its,
+        tracking.flow_run("koala-demo", name, str(alive.id), tags=of) as other,
+        tracking.flow_run("koala-demo", name, str(uuid4()), tags=of) as of_another_server,
+    ):
+        lost.close_runs_of_ended_flows()
+        assert [status(run.id) for run in (its, other, of_another_server)] == ["KILLED", "RUNNING", "RUNNING"]
 
 
 def test_a_run_that_has_just_begun_has_no_label_yet(
