@@ -69,10 +69,11 @@ def train(job: Job, stop: StopSignal) -> None:
     trainer = Trainer(task, config, accelerator)
 
     # Resume where an earlier run stopped. What a step sees follows from its index, so there is nothing else to restore.
-    done, bad_steps = 0, 0
+    done, bad_steps, saved_step = 0, 0, -1
     if saved := checkpoints(state):
         restored = checkpoint.load(saved[-1], trainer.student, trainer.optimizer, trainer.ema)
         done, bad_steps = restored["step"], restored["bad_steps"]
+        saved_step = done
         if done > config.steps:
             raise KoalaError(
                 f"{state} holds a run of {done} steps already: set distill.steps to {done} or more, or remove the folder"
@@ -98,10 +99,14 @@ def train(job: Job, stop: StopSignal) -> None:
         _say_what_starts(accelerator, job, trained_on, done)
 
     def save() -> None:
+        nonlocal saved_step
+        if done == saved_step:
+            return  # a kill while the same state replaced it could leave no checkpoint
         # Ranks that left before rank 0 has written would have the launcher kill it in the middle.
         keep, extra = config.machine.keep_checkpoints, {"bad_steps": bad_steps}
         checkpoint.save(state, done, trainer.student, trainer.optimizer, trainer.ema, extra, keep, write=is_main)
         accelerator.wait_for_everyone()
+        saved_step = done
 
     def leave() -> None:
         save()
