@@ -90,11 +90,11 @@ class _Reporter:
         if seen == self._seen:
             return
         self._seen = seen
-        for row in curves.read(self._state):
-            if row["step"] > self._sent:
-                self._run.metrics({name: value for name, value in row.items() if name != "step"}, step=row["step"])
-                self._sent = row["step"]
         for image in sorted((self._state / VALIDATION).glob("[0-9]*.png")):
             if int(image.stem) > self._shown:
                 self._run.image(Image.open(image), "validation", int(image.stem))
                 self._shown = int(image.stem)
+        for row in curves.read(self._state):
+            if row["step"] > self._sent:
+                self._run.metrics({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+                self._sent = row["step"]

@@ -139,12 +139,21 @@ def train(job: Job, stop: StopSignal) -> None:
 
         # Measure the losses on samples that are kept out of training; all processes share them.
         validates = done % config.machine.validate_every == 0 or done == config.steps
-        measured = {}
+        measured, paused = {}, time.monotonic()
         if validates and kept_out:
             tokenize = task.text.tokenize
             measured = held_out.measure(trainer, latents, kept_out, config, tokenize, train_timesteps, accelerator)
 
-        # Log each loss term (the mean over the batch, all processes) and the speed since the last logged step.
+        # Generate validation images, on the main process. Before the losses: what shows a step's losses has its images.
+        if validates and config.sampling.prompts:
+            unet = trainer.released(getattr(torch, config.teacher_dtype), keep=is_main)
+            if unet is not None:
+                validate(done, teacher, unet, config, state, accelerator.device)
+            del unet
+            accelerator.wait_for_everyone()
+        clock += time.monotonic() - paused
+
+        # Log each loss term (the mean over the batch, all processes) and the speed since the last logged step, validation left out.
         if done % config.machine.log_every == 0 or done == config.steps or measured:
             values = accelerator.reduce(torch.stack(losses).mean(0), "mean").tolist()
             if is_main:
@@ -154,14 +163,6 @@ def train(job: Job, stop: StopSignal) -> None:
                 row = dict(zip((f"loss/{term}" for term in terms), values, strict=True))
                 row |= {"gradient_norm": norm, "learning_rate": rate, "bad_steps": float(bad_steps)}
                 curves.append(state, done, {**row, **measured, curves.SPEED: speed})
-
-        # Generate validation images, on the main process.
-        if validates and config.sampling.prompts:
-            unet = trainer.released(getattr(torch, config.teacher_dtype), keep=is_main)
-            if unet is not None:
-                validate(done, teacher, unet, config, state, accelerator.device)
-            del unet
-            accelerator.wait_for_everyone()
 
         # Save now and then; stop where a signal or a run of bad steps says so, on all ranks at once.
         failed = bad_steps >= config.machine.max_bad_steps

@@ -1,5 +1,6 @@
 """The stage: real launchers and processes, stopped and resumed, and what it says when it cannot run."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -19,10 +20,14 @@ from ranks import Training, alike, free_port, losses
 
 from flows.processes import carrying
 from koala import runner
+from koala.distill.config import DistillConfig
 from koala.distill.distill import distill
-from koala.distill.job import FILE, checkpoints
+from koala.distill.job import FILE, Job, checkpoints
 from koala.distill.launch import JOB
+from koala.distill.train import StopSignal, train
+from koala.distill.validation import validate
 from koala.errors import KoalaError
+from koala.evaluate.config import SamplingConfig
 from koala.provenance import read
 from koala.run import STATE
 
@@ -149,6 +154,37 @@ def test_the_launch_file_alone_sets_the_number_of_processes(
     state = tmp_path / "out" / STATE  # of a constant rate it is kept, with its losses
     shutil.copytree(tmp_path / "out" / "unet", state / "unet")
     alike(state, one.state)
+
+
+def test_every_validation_is_shown_the_last_and_one_that_was_cut_short_too(
+    make_job: Callable, artifacts: Any, tmp_path: Path, recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images take longer than the time between two looks, and all of it may be killed meanwhile."""
+    monkeypatch.chdir(ROOT)
+    sampling = SamplingConfig(steps=1, guidance=3.0, prompts=("a large red circle",))
+    job = make_job(steps=4, sampling=sampling, machine={"validate_every": 2})
+    killed = []
+
+    def launch(_: DistillConfig, file: Path, follow: Callable[[], None]) -> None:
+        def validate_late(step: int, *rest: Any) -> None:
+            follow()
+            if step == 4 and not killed:
+                killed.append(step)
+                raise KeyboardInterrupt
+            validate(step, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("koala.distill.train.validate", validate_late)
+            train(Job.read(file), StopSignal())
+        follow()
+
+    monkeypatch.setattr("koala.distill.distill.launch", launch)
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt):
+            distill(job.config, job.latents, artifacts.captions, job.teacher, job.student, tmp_path / "out", recorder)
+    assert killed
+    assert recorder.images == [("validation", 2), ("validation", 4)]
+    assert recorder.steps["loss/total"] == [1, 2, 3, 4]
 
 
 @pytest.mark.usefixtures("forked")
