@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
-from ranks import Training, alike, free_port, losses
+from ranks import Training, alike, free_port, losses, same, weights
 
 from flows.processes import carrying
 from koala import runner
@@ -185,6 +185,46 @@ def test_every_validation_is_shown_the_last_and_one_that_was_cut_short_too(
     assert killed
     assert recorder.images == [("validation", 2), ("validation", 4)]
     assert recorder.steps["loss/total"] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_kill_while_the_stage_ends_loses_nothing(
+    make_job: Callable, artifacts: Any, uncut: Path, tmp_path: Path, recorder, monkeypatch, schedule: str
+) -> None:
+    """Killed in each of its removals, when one file is gone, and after the last: only a constant rate looks for more steps."""
+    trained: list[Path] = []
+
+    def launch(_: DistillConfig, file: Path, follow: Callable[[], None]) -> None:
+        rmtree(file.parent / "unet.partial", ignore_errors=True)  # training writes into it, then renames it
+        shutil.copytree(uncut, file.parent, dirs_exist_ok=True)
+        trained.append(file)
+
+    monkeypatch.setattr("koala.distill.distill.launch", launch)
+    job, rmtree = make_job(schedule=schedule), shutil.rmtree
+    for kill in range(4):
+        out, removals = tmp_path / f"{kill}", iter(range(10))
+
+        def remove(
+            folder: Path, *, out: Path = out, kill: int = kill, removals: Any = removals, **options: Any
+        ) -> None:
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            if (out / "curves.png").exists() and files and next(removals) == kill:
+                files[-1].unlink()
+                raise KeyboardInterrupt
+            rmtree(folder, **options)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(shutil, "rmtree", remove)
+            distill(job.config, job.latents, artifacts.captions, job.teacher, job.student, out, recorder)
+        count = len(trained)
+        distill(job.config, job.latents, artifacts.captions, job.teacher, job.student, out, recorder)
+        assert same(weights(out), weights(uncut)), kill
+        if schedule == "cosine":
+            assert len(trained) == count, kill
+            assert not (out / STATE).exists(), kill
+        else:
+            assert [file.name for file in checkpoints(out / STATE)] == ["step-00000008"]
+    assert next(removals) > 1  # the last was not killed
 
 
 @pytest.mark.usefixtures("forked")
