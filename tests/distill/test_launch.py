@@ -23,7 +23,7 @@ from koala import runner
 from koala.distill.config import DistillConfig
 from koala.distill.distill import distill
 from koala.distill.job import FILE, Job, checkpoints
-from koala.distill.launch import JOB
+from koala.distill.launch import JOB, launch
 from koala.distill.train import StopSignal, train
 from koala.distill.validation import validate
 from koala.errors import KoalaError
@@ -239,6 +239,19 @@ def test_two_machines_equal_one_process(distillable: Path, change_params: Change
     assert [stage.returncode, helper.returncode] == [0, 0], said
     assert "distill: 2 processes on cpu" in said[0]
     assert (distillable / "artifacts/smoke/distilled" / STUDENT / "unet").is_dir()
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_machine_that_helps_ends_as_its_processes_do(
+    make_job: Callable, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """The stage's machine may have taken the trained U-Net away before the helper looks."""
+    monkeypatch.chdir(ROOT)
+    job = make_job(machine={"launch": "infra/accelerate/two-nodes-cpu.yaml"})
+    ranks = [sys.executable, "-c", f"raise SystemExit({status})"]
+    monkeypatch.setattr("koala.distill.launch._command", lambda *_: ranks)
+    with pytest.raises(SystemExit, match=f"{status}") if status else contextlib.nullcontext():
+        launch(job.config, job.write(), machine_rank=1)
 
 
 @pytest.mark.usefixtures("forked")
