@@ -33,7 +33,7 @@ def save(
     keep: int,
     write: bool = True,
 ) -> None:
-    """Write the state after `step` steps. A kill at any moment leaves the earlier checkpoints whole.
+    """Write the state after `step` steps, of which there is no checkpoint yet. A kill at any moment leaves the earlier ones whole.
 
     Collective: every rank must call it, because gathering a sharded tensor needs all of them. Ranks with `write=False`
     write nothing.
@@ -54,7 +54,6 @@ def save(
     for file in partial.iterdir():
         _sync(file)
     _sync(partial)
-    shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _sync(folder)
     for old in checkpoints(folder)[:-keep]:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 HISTORY = "history.jsonl"
+IMAGE = "curves.png"
+"""The plot, written last."""
 SPEED = "images_per_second"
 """The one logged value that differs from run to run."""
 
@@ -51,4 +53,4 @@ def write(state: Path, folder: Path) -> None:
         axes.set(xlabel="step", ylabel="loss", yscale="log", title=title)
         axes.grid(alpha=0.3)
         axes.legend(ncols=3, fontsize=8)
-    figure.savefig(folder / "curves.png", dpi=120)
+    figure.savefig(folder / IMAGE, dpi=120)

@@ -20,10 +20,14 @@ def distill(
     """Distil `teacher` into `student` on encoded samples: `out` becomes the trained pipeline, with its curves.
 
     Training resumes from the newest checkpoint in the state folder, or at `config.machine.checkpoints`. Of a finished run
-    at a constant rate the last checkpoint is kept, so that more steps continue it. Raises KoalaError where the launch
-    configuration cannot run the recipe, and SystemExit with the training's own status where that stopped.
+    at a constant rate the last checkpoint is kept, so that more steps continue it; of any other, `out` stays as it is.
+    Raises KoalaError where the launch configuration cannot run the recipe, and SystemExit with the training's own status
+    where that stopped.
     """
     state = out / STATE
+    if _is_finished(out):
+        shutil.rmtree(state, ignore_errors=True)
+        return
     state.mkdir(parents=True, exist_ok=True)
     new_captions = _new_captions(config, captions, latents, state)
     job = Job(config=config, latents=latents, teacher=teacher, student=student, new_captions=new_captions, state=state)
@@ -41,14 +45,14 @@ def distill(
     shutil.rmtree(out / "unet", ignore_errors=True)
     shutil.copytree(job.state / UNET, out / "unet")
     curves.write(job.state, out)
-    run.artifact(out / "curves.png")
-    shutil.rmtree(job.state / UNET)
+    run.artifact(out / curves.IMAGE)
     shutil.rmtree(job.state / VALIDATION, ignore_errors=True)
-    if config.schedule != "constant":
-        shutil.rmtree(job.state)
-    else:
-        for old in checkpoints(job.state)[:-1]:
-            shutil.rmtree(old)
+    continues = config.schedule == "constant"
+    for old in checkpoints(job.state)[: -1 if continues else None]:
+        shutil.rmtree(old)
+    # The U-Net goes last and in one step: an interrupted call is repeated from all of it, or has ended.
+    removed = (job.state / UNET).rename(job.state / f"{UNET}.partial")
+    shutil.rmtree(removed if continues else job.state)
 
 
 def _new_captions(config: DistillConfig, captions: Path, latents: Path, state: Path) -> Path | None:
@@ -66,6 +70,12 @@ def _is_trained(job: Job) -> bool:
     """Return whether an interrupted call left the U-Net of exactly this many steps."""
     file = job.state / FILE
     return (job.state / UNET).is_dir() and file.is_file() and Job.read(file).config.steps == job.config.steps
+
+
+def _is_finished(out: Path) -> bool:
+    """Return whether an interrupted call made all of `out` and left nothing to resume from, only its end to be removed."""
+    state = out / STATE
+    return (out / curves.IMAGE).is_file() and not (state / UNET).is_dir() and not checkpoints(state)
 
 
 def _all_but_components(_folder: str, names: list[str]) -> set[str]:
@@ -90,11 +100,11 @@ class _Reporter:
         if seen == self._seen:
             return
         self._seen = seen
-        for row in curves.read(self._state):
-            if row["step"] > self._sent:
-                self._run.metrics({name: value for name, value in row.items() if name != "step"}, step=row["step"])
-                self._sent = row["step"]
         for image in sorted((self._state / VALIDATION).glob("[0-9]*.png")):
             if int(image.stem) > self._shown:
                 self._run.image(Image.open(image), "validation", int(image.stem))
                 self._shown = int(image.stem)
+        for row in curves.read(self._state):
+            if row["step"] > self._sent:
+                self._run.metrics({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+                self._sent = row["step"]

@@ -49,7 +49,9 @@ def launch(config: DistillConfig, job: Path, machine_rank: int = 0, follow: Call
         follow()
     if (state / COMPLAINT).is_file():
         raise KoalaError((state / COMPLAINT).read_text())
-    if not (state / UNET).is_dir():
+    # The stage, on the machine of rank 0, may have taken the U-Net away before another machine looks.
+    trained = (state / UNET).is_dir() if machine_rank == 0 else process.returncode == 0
+    if not trained:
         # The negative number of a signal, as a shell gives it.
         sys.exit(128 - process.returncode if process.returncode < 0 else process.returncode or 1)
 

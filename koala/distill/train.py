@@ -69,10 +69,11 @@ def train(job: Job, stop: StopSignal) -> None:
     trainer = Trainer(task, config, accelerator)
 
     # Resume where an earlier run stopped. What a step sees follows from its index, so there is nothing else to restore.
-    done, bad_steps = 0, 0
+    done, bad_steps, saved_step = 0, 0, -1
     if saved := checkpoints(state):
         restored = checkpoint.load(saved[-1], trainer.student, trainer.optimizer, trainer.ema)
         done, bad_steps = restored["step"], restored["bad_steps"]
+        saved_step = done
         if done > config.steps:
             raise KoalaError(
                 f"{state} holds a run of {done} steps already: set distill.steps to {done} or more, or remove the folder"
@@ -98,10 +99,14 @@ def train(job: Job, stop: StopSignal) -> None:
         _say_what_starts(accelerator, job, trained_on, done)
 
     def save() -> None:
+        nonlocal saved_step
+        if done == saved_step:
+            return  # a kill while the same state replaced it could leave no checkpoint
         # Ranks that left before rank 0 has written would have the launcher kill it in the middle.
         keep, extra = config.machine.keep_checkpoints, {"bad_steps": bad_steps}
         checkpoint.save(state, done, trainer.student, trainer.optimizer, trainer.ema, extra, keep, write=is_main)
         accelerator.wait_for_everyone()
+        saved_step = done
 
     def leave() -> None:
         save()
@@ -134,12 +139,21 @@ def train(job: Job, stop: StopSignal) -> None:
 
         # Measure the losses on samples that are kept out of training; all processes share them.
         validates = done % config.machine.validate_every == 0 or done == config.steps
-        measured = {}
+        measured, paused = {}, time.monotonic()
         if validates and kept_out:
             tokenize = task.text.tokenize
             measured = held_out.measure(trainer, latents, kept_out, config, tokenize, train_timesteps, accelerator)
 
-        # Log each loss term (the mean over the batch, all processes) and the speed since the last logged step.
+        # Generate validation images, on the main process. Before the losses: what shows a step's losses has its images.
+        if validates and config.sampling.prompts:
+            unet = trainer.released(getattr(torch, config.teacher_dtype), keep=is_main)
+            if unet is not None:
+                validate(done, teacher, unet, config, state, accelerator.device)
+            del unet
+            accelerator.wait_for_everyone()
+        clock += time.monotonic() - paused
+
+        # Log each loss term (the mean over the batch, all processes) and the speed since the last logged step, validation left out.
         if done % config.machine.log_every == 0 or done == config.steps or measured:
             values = accelerator.reduce(torch.stack(losses).mean(0), "mean").tolist()
             if is_main:
@@ -149,14 +163,6 @@ def train(job: Job, stop: StopSignal) -> None:
                 row = dict(zip((f"loss/{term}" for term in terms), values, strict=True))
                 row |= {"gradient_norm": norm, "learning_rate": rate, "bad_steps": float(bad_steps)}
                 curves.append(state, done, {**row, **measured, curves.SPEED: speed})
-
-        # Generate validation images, on the main process.
-        if validates and config.sampling.prompts:
-            unet = trainer.released(getattr(torch, config.teacher_dtype), keep=is_main)
-            if unet is not None:
-                validate(done, teacher, unet, config, state, accelerator.device)
-            del unet
-            accelerator.wait_for_everyone()
 
         # Save now and then; stop where a signal or a run of bad steps says so, on all ranks at once.
         failed = bad_steps >= config.machine.max_bad_steps

@@ -136,6 +136,7 @@ class Trainer:
                 weights[name] = whole.to("cpu", dtype, copy=True).contiguous()
         if not keep:
             return None
-        unet = empty_unet(self.student.config)
+        # Without the folder that the student was loaded from: the release holds no path of this machine.
+        unet = empty_unet({name: value for name, value in self.student.config.items() if not name.startswith("_")})
         unet.load_state_dict(weights, assign=True)
         return unet.eval()

@@ -53,7 +53,10 @@ def _images(
     config: DistillConfig,
 ) -> list[Image.Image]:
     """Generate one image at a time: at 1024 px the VAE's decoder takes 2.6 GiB for each, beside all that training holds."""
-    pipeline = StableDiffusionXLPipeline(**{**teacher.components, "unet": unet}, add_watermarker=False)
+    zeros = teacher.config.force_zeros_for_empty_prompt  # no component: the pipeline's own unconditional input
+    pipeline = StableDiffusionXLPipeline(
+        **{**teacher.components, "unet": unet}, force_zeros_for_empty_prompt=zeros, add_watermarker=False
+    )
     pipeline.set_progress_bar_config(disable=True)
     return [image for prompt in prompts for image in generate(pipeline, [prompt], config.sampling)]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koala.errors import KoalaError
-from koala.teacher.layout import MODELS, is_index
+from koala.teacher.layout import MODEL_INDEX, MODELS, is_index
 from koala.teacher.shape import read_json
 
 if TYPE_CHECKING:
@@ -21,7 +21,13 @@ _WEIGHTS = "model.safetensors"
 
 
 def make_portable(folder: Path) -> None:
-    """Give CLIP-L its prefixed names, and each tokenizer its vocab.json and merges.txt, in a folder that may be changed."""
+    """Give CLIP-L its prefixed names, and each tokenizer its vocab.json and merges.txt, in a folder that may be changed.
+
+    No configuration tells where a model was loaded from: it may be a path of the machine that made the teacher.
+    """
+    for file in (folder / MODEL_INDEX, *folder.glob("*/*config.json")):
+        if (values := read_json(file)).pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(values, indent=2) + "\n")
     _prefix_clip_l(folder / "text_encoder")
     for tokenizer in (folder / "tokenizer", folder / "tokenizer_2"):
         if (tokenizer / "tokenizer.json").is_file():

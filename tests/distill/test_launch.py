@@ -1,5 +1,6 @@
 """The stage: real launchers and processes, stopped and resumed, and what it says when it cannot run."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -15,14 +16,18 @@ import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
-from ranks import Training, alike, free_port, losses
+from ranks import Training, alike, free_port, losses, same, weights
 
 from flows.processes import carrying
 from koala import runner
+from koala.distill.config import DistillConfig
 from koala.distill.distill import distill
-from koala.distill.job import FILE, checkpoints
-from koala.distill.launch import JOB
+from koala.distill.job import FILE, Job, checkpoints
+from koala.distill.launch import JOB, launch
+from koala.distill.train import StopSignal, train
+from koala.distill.validation import validate
 from koala.errors import KoalaError
+from koala.evaluate.config import SamplingConfig
 from koala.provenance import read
 from koala.run import STATE
 
@@ -151,6 +156,77 @@ def test_the_launch_file_alone_sets_the_number_of_processes(
     alike(state, one.state)
 
 
+def test_every_validation_is_shown_the_last_and_one_that_was_cut_short_too(
+    make_job: Callable, artifacts: Any, tmp_path: Path, recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images take longer than the time between two looks, and all of it may be killed meanwhile."""
+    monkeypatch.chdir(ROOT)
+    sampling = SamplingConfig(steps=1, guidance=3.0, prompts=("a large red circle",))
+    job = make_job(steps=4, sampling=sampling, machine={"validate_every": 2})
+    killed = []
+
+    def launch(_: DistillConfig, file: Path, follow: Callable[[], None]) -> None:
+        def validate_late(step: int, *rest: Any) -> None:
+            follow()
+            if step == 4 and not killed:
+                killed.append(step)
+                raise KeyboardInterrupt
+            validate(step, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("koala.distill.train.validate", validate_late)
+            train(Job.read(file), StopSignal())
+        follow()
+
+    monkeypatch.setattr("koala.distill.distill.launch", launch)
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt):
+            distill(job.config, job.latents, artifacts.captions, job.teacher, job.student, tmp_path / "out", recorder)
+    assert killed
+    assert recorder.images == [("validation", 2), ("validation", 4)]
+    assert recorder.steps["loss/total"] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_kill_while_the_stage_ends_loses_nothing(
+    make_job: Callable, artifacts: Any, uncut: Path, tmp_path: Path, recorder, monkeypatch, schedule: str
+) -> None:
+    """Killed in each of its removals, when one file is gone, and after the last: only a constant rate looks for more steps."""
+    trained: list[Path] = []
+
+    def launch(_: DistillConfig, file: Path, follow: Callable[[], None]) -> None:
+        rmtree(file.parent / "unet.partial", ignore_errors=True)  # training writes into it, then renames it
+        shutil.copytree(uncut, file.parent, dirs_exist_ok=True)
+        trained.append(file)
+
+    monkeypatch.setattr("koala.distill.distill.launch", launch)
+    job, rmtree = make_job(schedule=schedule), shutil.rmtree
+    for kill in range(4):
+        out, removals = tmp_path / f"{kill}", iter(range(10))
+
+        def remove(
+            folder: Path, *, out: Path = out, kill: int = kill, removals: Any = removals, **options: Any
+        ) -> None:
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            if (out / "curves.png").exists() and files and next(removals) == kill:
+                files[-1].unlink()
+                raise KeyboardInterrupt
+            rmtree(folder, **options)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(shutil, "rmtree", remove)
+            distill(job.config, job.latents, artifacts.captions, job.teacher, job.student, out, recorder)
+        count = len(trained)
+        distill(job.config, job.latents, artifacts.captions, job.teacher, job.student, out, recorder)
+        assert same(weights(out), weights(uncut)), kill
+        if schedule == "cosine":
+            assert len(trained) == count, kill
+            assert not (out / STATE).exists(), kill
+        else:
+            assert [file.name for file in checkpoints(out / STATE)] == ["step-00000008"]
+    assert next(removals) > 1  # the last was not killed
+
+
 @pytest.mark.usefixtures("forked")
 @pytest.mark.timeout(900)
 def test_two_machines_equal_one_process(distillable: Path, change_params: ChangeParams, make_job: Callable) -> None:
@@ -163,6 +239,19 @@ def test_two_machines_equal_one_process(distillable: Path, change_params: Change
     assert [stage.returncode, helper.returncode] == [0, 0], said
     assert "distill: 2 processes on cpu" in said[0]
     assert (distillable / "artifacts/smoke/distilled" / STUDENT / "unet").is_dir()
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_machine_that_helps_ends_as_its_processes_do(
+    make_job: Callable, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """The stage's machine may have taken the trained U-Net away before the helper looks."""
+    monkeypatch.chdir(ROOT)
+    job = make_job(machine={"launch": "infra/accelerate/two-nodes-cpu.yaml"})
+    ranks = [sys.executable, "-c", f"raise SystemExit({status})"]
+    monkeypatch.setattr("koala.distill.launch._command", lambda *_: ranks)
+    with pytest.raises(SystemExit, match=f"{status}") if status else contextlib.nullcontext():
+        launch(job.config, job.write(), machine_rank=1)
 
 
 @pytest.mark.usefixtures("forked")

@@ -117,6 +117,19 @@ def test_a_kill_while_saving_leaves_the_checkpoints_before(make_job: MakeJob, un
     assert same(weights(job.state), weights(uncut))
 
 
+def test_a_checkpoint_is_never_replaced(make_job: MakeJob) -> None:
+    """Stopped right after it was resumed, training has nothing new to save. A kill while it did could leave no checkpoint."""
+    job, stop = make_job(machine={"keep_checkpoints": 1}), StopSignal()
+    stop.received = True
+    written = []
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            train(job, stop)
+        (saved,) = checkpoints(job.state)
+        written.append({file.name: file.stat().st_ino for file in saved.iterdir()})
+    assert written[0] == written[1]
+
+
 def test_channels_last_resumes_to_the_same_bits(make_job: MakeJob) -> None:
     """Optimizer states take the strides of their weights: fused AdamW pairs them by place in memory."""
     cut, whole = make_job("cut", machine={"channels_last": True}), make_job("whole", machine={"channels_last": True})

@@ -241,3 +241,16 @@ def test_without_zeros_the_unconditional_input_is_the_empty_prompt(tiny_teacher:
     _, no_states, _, no_pooled = teacher.encode_prompt("a large red circle", device="cpu")
     torch.testing.assert_close(states, no_states)
     torch.testing.assert_close(pooled, no_pooled)
+
+
+def test_a_teacher_of_velocity_has_its_student_predict_velocity(make: Make) -> None:
+    """v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x (Salimans and Ho 2022, appendix D): the error of a student that says 0."""
+    task, batch = make()
+    task.scheduler.register_to_config(prediction_type="v_prediction")
+    with torch.no_grad():
+        task.student.conv_out.weight.zero_()
+        task.student.conv_out.bias.zero_()
+        terms = task(batch)
+    alpha = task.scheduler.alphas_cumprod[batch.timesteps][:, None, None, None]
+    velocity = alpha.sqrt() * batch.noise - (1 - alpha).sqrt() * batch.latents
+    torch.testing.assert_close(terms["task"], velocity.square().mean())

@@ -18,6 +18,7 @@ from koala.distill.data import load as load_batches
 from koala.distill.job import checkpoints
 from koala.distill.train import StopSignal, build_task, load_teacher, train
 from koala.distill.trainer import Trainer
+from koala.teacher.shape import read_json
 
 CPU = torch.device("cpu")
 
@@ -48,6 +49,8 @@ def test_what_is_released_is_the_ema_not_the_last_weights(make_job: Callable) ->
     assert released.keys() == ema.keys()
     assert all(torch.equal(released[name], ema[name]) for name in ema)
     assert any(not torch.equal(released[name], raw[name]) for name in raw)
+    config, built = (read_json(folder / "unet" / "config.json") for folder in (job.state, job.student))
+    assert config == built, "a path of this machine goes with the weights"
 
 
 def test_the_ema_follows_the_weights_by_its_decay(make_job: Callable) -> None:

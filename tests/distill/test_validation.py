@@ -15,6 +15,7 @@ from koala.distill.memory import LiveBytes
 from koala.distill.train import StopSignal, load_teacher, train
 from koala.distill.validation import validate
 from koala.evaluate.config import SamplingConfig
+from koala.generate import generate
 
 CPU = torch.device("cpu")
 
@@ -95,3 +96,15 @@ def test_validation_shows_the_ema_and_leaves_training_as_it_was(make_job: Callab
     assert same(seen[-1], weights(job.state))
     assert same(weights(job.state), weights(uncut))
     assert len(list((job.state / "validation").glob("0*.png"))) == 4
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_the_unconditional_input_is_the_teachers_own(make_job: Callable, zeros: bool) -> None:
+    sampling = SamplingConfig(steps=2, guidance=7.0, prompts=("a large red circle",))
+    job = make_job(sampling=sampling)
+    teacher = load_teacher(job, with_vae=True)
+    teacher.register_to_config(force_zeros_for_empty_prompt=zeros)
+    validate(1, teacher, teacher.unet, job.config, job.state, CPU)
+    [shown] = (job.state / "validation").glob("teacher-*.png")
+    [expected] = generate(teacher, [("a large red circle", job.config.seed)], sampling)
+    assert Image.open(shown).tobytes() == expected.tobytes()

@@ -279,6 +279,7 @@ def test_four_days(
     retrained = until(STUDENT, "Completed", 2, 900, logs)
     team.note(f"{retrained.name}: {retrained.state.message}")
     assert "150 of 150 images (100.0%), 120 of the rows taken over" in machines.log("anna")
+    assert "120 of the judgements taken over" in machines.log("anna")
     stands("v1")
     approves("v2", "it saw 30 more pictures", 2)
     stands("v2")
