@@ -1,5 +1,6 @@
 """The model card, rendered from metrics and provenance."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from diffusers import StableDiffusionXLPipeline
 pipeline = StableDiffusionXLPipeline.from_pretrained(
     "PATH-OR-NAME", torch_dtype=torch.{dtype}, use_safetensors=True
 ).to("cuda")
-pipeline("{prompt}", num_inference_steps={steps}, guidance_scale={guidance:g}).images[0].save("image.png")
+pipeline({prompt}, num_inference_steps={steps}, guidance_scale={guidance:g}).images[0].save("image.png")
 ```
 
 {files}## How it was made
@@ -121,7 +122,7 @@ def render(
         table=table,
         dtype=config.dtype,
         strengths=_strengths(metrics.get("categories", ())),
-        prompt=example(config),
+        prompt=json.dumps(example(config), ensure_ascii=False),  # quotes and line breaks escaped
         steps=config.sampling.steps,
         guidance=config.sampling.guidance,
         files=_files(files, config.dtype),

@@ -1,5 +1,6 @@
 """The gate, the card, and a release that generates what the student generated."""
 
+import ast
 import json
 import shutil
 from pathlib import Path
@@ -242,6 +243,16 @@ def test_the_card_is_valid_and_carries_the_figures(folders, tmp_path) -> None:
     assert "Commit `abc`" in card.text
     assert 'pipeline("a large red circle", num_inference_steps=20, guidance_scale=3)' in card.text
     assert "6 steps of 8 images at a learning rate of 0.0005" in card.text
+
+
+def test_the_cards_example_is_python_whatever_the_prompt(folders, tmp_path) -> None:
+    prompt = 'a sign that says "open",\nat C:\\new, 寿司'
+    sampling = CONFIG.sampling.model_copy(update={"prompts": (prompt,)})
+    publish(CONFIG.model_copy(update={"sampling": sampling}), **folders, out=tmp_path / "release", run=NoRun())
+    code = (tmp_path / "release" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    texts = {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)}
+    assert prompt in texts
+    assert "寿司" in code
 
 
 def test_a_commit_with_changes_is_said_to_be_one(folders, tmp_path) -> None:
