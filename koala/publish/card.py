@@ -46,6 +46,8 @@ class SingleFiles:
     unet: str | None
     workflow: str | None
     recognised: str | None
+    zeros: bool = True
+    """Whether the pipeline has zeros where the negative prompt is empty."""
 
     @property
     def remark(self) -> str:
@@ -180,11 +182,12 @@ def _files(files: SingleFiles, dtype: str) -> str:
         f"- `{files.unet}`: the U-Net under diffusers' names, {dtype}, for loaders of diffusion models.",
     ]
     if files.workflow:
+        zeros = "; zero the negative conditioning where the negative prompt is empty" if files.zeros else ""
         lines += [
             f"- `{files.workflow}`: a ComfyUI workflow (API format) with the example above.\n",
             "## Use it in ComfyUI\n",
             f"Put `{files.checkpoint}` into `models/checkpoints`, and open `{files.workflow}`. Or load it with the node *Load "
-            "Checkpoint* in any SDXL workflow; zero the negative conditioning where the negative prompt is empty.",
+            f"Checkpoint* in any SDXL workflow{zeros}.",
         ]
     return "\n".join(lines) + "\n\n"
 

@@ -185,13 +185,13 @@ def _single_files(config: PublishConfig, out: Path, name: str) -> card.SingleFil
     write_checkpoint(out, out / checkpoint, title=name, license=config.licence, dtype=config.dtype)
     write_unet(out, out / unet, title=name, license=config.licence, dtype=config.dtype)
     recognised = recognised_as(read_json(out / "unet" / "config.json"))
-    files = card.SingleFiles(checkpoint, unet, f"{name}-comfyui.json" if recognised else None, recognised)
+    zeros = bool(read_json(out / "model_index.json").get("force_zeros_for_empty_prompt", True))
+    files = card.SingleFiles(checkpoint, unet, f"{name}-comfyui.json" if recognised else None, recognised, zeros)
     say(f"publish: {checkpoint}: {files.remark}")
     if files.workflow:
         scheduler = read_json(out / "scheduler" / "scheduler_config.json")
-        trailing = scheduler.get("timestep_spacing") == "trailing"
-        prompt = card.example(config)
-        _write(out / files.workflow, workflow(checkpoint, prompt, config.sampling, image_side(out), trailing))
+        graph = workflow(checkpoint, card.example(config), config.sampling, image_side(out), scheduler, files.zeros)
+        _write(out / files.workflow, graph)
     return files
 
 

@@ -506,10 +506,39 @@ def test_a_student_that_comfyui_recognises_has_a_workflow(folders, tmp_path, mon
 
 def test_a_workflow_of_a_few_step_model_has_no_guidance_and_trailing_timesteps() -> None:
     """ComfyUI calls 1 what diffusers calls 0."""
-    graph = workflow("x.safetensors", "a fox", SamplingConfig(steps=4, guidance=0), 512, trailing=True)
+    graph = workflow(
+        "x.safetensors", "a fox", SamplingConfig(steps=4, guidance=0), 512, {"timestep_spacing": "trailing"}
+    )
     sample = graph["sample"]["inputs"]
     assert (sample["cfg"], sample["steps"], sample["scheduler"]) == (1.0, 4, "sgm_uniform")
     assert (graph["latent"]["inputs"]["width"], graph["latent"]["inputs"]["height"]) == (512, 512)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "found"),
+    [
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}, ("euler", "normal")),
+        ({"_class_name": "EulerAncestralDiscreteScheduler"}, ("euler_ancestral", "normal")),  # SDXL-Turbo's
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, ("dpmpp_2m", "karras")),
+        ({"_class_name": "AnotherScheduler"}, ("euler", "normal")),
+    ],
+)
+def test_a_workflow_samples_as_the_pipeline_does(scheduler, found) -> None:
+    sample = workflow("x.safetensors", "a fox", SamplingConfig(), 512, scheduler)["sample"]["inputs"]
+    assert (sample["sampler_name"], sample["scheduler"]) == found
+
+
+def test_a_pipeline_that_encodes_the_empty_prompt_does_so_in_comfyui(folders, tmp_path, monkeypatch) -> None:
+    from koala.publish import single_file
+
+    monkeypatch.setattr(single_file, "recognised_as", lambda _: "KOALA_700M")
+    file = folders["distilled"] / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "force_zeros_for_empty_prompt": False}))
+    release = tmp_path / "release"
+    publish(CONFIG, **folders, out=release, run=NoRun())
+    negative = json.loads((release / "koala-700m-comfyui.json").read_text())["negative"]
+    assert (negative["class_type"], negative["inputs"]["text"]) == ("CLIPTextEncode", "")
+    assert "in any SDXL workflow." in (release / "README.md").read_text()
 
 
 def test_a_release_that_a_person_is_asked_about_is_a_candidate_and_what_stands_stays(
