@@ -87,8 +87,15 @@ def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path,
     files = _single_files(config, out, name) if config.single_file else card.NO_FILES
     table = (evaluation / "summary.md").read_text()
     (out / "README.md").write_text(card.render(name, metrics, derived, training, table, config, files))
-    lasting = [verdict.report() for verdict in verdicts if verdict.rule.of != "champion"]
-    _write(out / GATE, {"rules": lasting, "approval": receipt["approval"]})
+    lasting = [verdict for verdict in verdicts if verdict.rule.of != "champion"]
+    overruled = any(not verdict.passed for verdict in lasting)
+    _write(
+        out / GATE,
+        {
+            "rules": [verdict.report() for verdict in lasting],
+            "approval": receipt["approval"] if overruled else None,
+        },
+    )
 
     content, cards = Manifest.of(out).sha256, [out / each for each in _REGISTERED if (out / each).is_file()]
     run.register(name, content, cards, _origin(training), "challenger")

@@ -88,7 +88,7 @@ def test_only_a_challenger_that_is_better_than_noise_replaces_the_champion(confi
     assert verdict.startswith("good of champion at least 1: 1.029, lower bound 0.")
     assert not words(config, evaluation(0.5))[0]
     # The champion itself, published again.
-    assert words(config, evaluation(0.7)) == (True, "good of champion at least 1: 1.000, lower bound 1.000")
+    assert words(config, evaluation(0.7)) == (True, "good of champion at least 1: 1.000, lower bound 1.000, of itself")
 
 
 def test_the_latest_version_is_the_champion_after_a_rollback_too(config, evaluation, tmp_path) -> None:
@@ -224,6 +224,48 @@ def test_a_person_overrules_the_gate_by_name_for_one_evaluation(
         approve(config, NAME, evaluation(0.95), "why not", None)
     with pytest.raises(KoalaError, match="was not evaluated: run `koala evaluate koala-1b` first"):
         approve(config, "koala-1b", tmp_path / "nothing", "why not", None)
+
+
+def test_an_overruled_release_published_again_is_the_same_version(
+    config, evaluation, tmp_path, tiny_teacher, recorder, monkeypatch
+) -> None:
+    """It is the champion itself by then, and misses no rule; so it is where a target failed, and the call is repeated."""
+    monkeypatch.chdir(tmp_path)
+    distilled = shutil.copytree(tiny_teacher, tmp_path / "distilled" / NAME)
+    release(config, evaluation(0.9), tmp_path)
+    refused = evaluation(0.5)
+    approve(config, NAME, refused, "the old one infringes a trademark", "Ada")
+    approved = config.model_copy(update={"approvals": approvals.read(), "single_file": False})
+    for _ in range(2):
+        publish(approved, distilled, refused, tmp_path / "out", recorder)
+        receipt = json.loads((tmp_path / "out" / "receipt.json").read_text())
+        assert receipt["targets"][0]["version"] == "v2"
+    assert config.targets[0].shelf(NAME).versions() == ["v1", "v2"]
+
+
+def test_a_rule_that_asks_for_more_than_the_champion_lets_the_same_release_be_completed(
+    config, evaluation, tmp_path, tiny_teacher
+) -> None:
+    """Its first target has it and it stands there, a second one failed: the next call sends it to that one."""
+    distilled = shutil.copytree(tiny_teacher, tmp_path / "distilled" / NAME)
+    second = FolderTarget(path=tmp_path / "second")
+    rule = Requirement(metric="good", of="champion", at_least=1.01)
+    better = config.model_copy(update={"require": (rule,), "single_file": False})
+    release(better, evaluation(0.5), tmp_path)
+    challenger = evaluation(0.95)
+    publish(better, distilled, challenger, tmp_path / "out", NoRun())
+    both = better.model_copy(update={"targets": (*better.targets, second)})
+    publish(both, distilled, challenger, tmp_path / "out", NoRun())
+    assert [target.shelf(NAME).versions() for target in both.targets] == [["v1", "v2"], ["v1"]]
+    # Another student that is no better is still refused.
+    with pytest.raises(KoalaError, match="is not released"):
+        publish(both, distilled, evaluation(0.94), tmp_path / "out", NoRun())
+
+
+def test_images_of_other_prompts_are_not_shown_beside(config, evaluation, tmp_path) -> None:
+    release(config, evaluation(0.5, wrong=40), tmp_path)
+    assert champion(config, NAME).beside(evaluation(0.9, wrong=200), NAME)
+    assert champion(config, NAME).beside(evaluation(0.9, wrong=200, first_seed=7), NAME) is None
 
 
 @pytest.mark.parametrize("text", ["- {student: koala-700m}", "yes", "- [", "{a: b}"])
