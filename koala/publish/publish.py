@@ -133,7 +133,7 @@ def _send(targets: Sequence[Target], out: Path, name: str, receipt: dict[str, An
     for target in targets:
         try:
             receipt["targets"].append({"kind": target.kind, **target.send(out, name, stands)})
-        except KoalaError as error:
+        except (KoalaError, OSError) as error:
             receipt["targets"].append({"kind": target.kind, "failed": str(error)})
             failures.append(f"not at target {target.kind}: {error}")
         _write(out / RECEIPT, receipt)

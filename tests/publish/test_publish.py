@@ -419,6 +419,15 @@ def test_what_one_target_lacks_is_said_and_completed_by_publishing_again(
     assert links == {"down.version": "v1", "folder.version": "v1", "folder.path": sent["path"]}
 
 
+def test_a_folder_that_cannot_be_written_stops_no_other_target(folders, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    targets = (FolderTarget(path=tmp_path / "file" / "shared"), FolderTarget(path=tmp_path / "shared"))
+    config = CONFIG.model_copy(update={"targets": targets})
+    with pytest.raises(KoalaError, match=r"not at target folder: .*Not a directory: .*file/shared.*: publish again"):
+        publish(config, **folders, out=tmp_path / "release", run=NoRun())
+    assert targets[1].shelf("koala-700m").latest() == "v1"
+
+
 def test_a_target_of_a_user_needs_no_change_elsewhere(folders, tmp_path) -> None:
     sent = []
 
