@@ -25,6 +25,7 @@ from koala.publish.targets.folder import FolderTarget
 from koala.publish.versions import Manifest
 from koala.publish.workflow import workflow
 from koala.run import STATE, NoRun
+from koala.teacher.embedded import unpack
 
 METRICS = {
     "teacher": {"unet_parameters": 1000, "attributes/all": 0.95},
@@ -79,6 +80,12 @@ def folders(tmp_path: Path, tiny_teacher: Path) -> dict[str, Path]:
 def generated(model: Path) -> np.ndarray:
     sampling, prompts = SamplingConfig(steps=3, guidance=2.0), [("a large red circle on a white background", 3)]
     return np.asarray(generate.generate(generate.load(model, "float32"), prompts, sampling)[0], int)
+
+
+def unpacked(file: Path, to: Path) -> str:
+    """The configurations and tokenizers in a single file."""
+    unpack(file, to)
+    return "".join(each.read_text() for each in to.rglob("*") if each.is_file())
 
 
 def weights(folder: Path) -> dict[str, Any]:
@@ -136,6 +143,26 @@ def test_a_value_that_half_precision_cannot_hold_is_refused(folders, tmp_path) -
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(KoalaError, match=r"vae: decoder.conv_in.bias has values .*: set publish.dtype to another"):
         publish(CONFIG, **folders, out=tmp_path / "release", run=NoRun())
+
+
+def test_a_release_holds_no_path_of_the_machine_that_made_it(folders, tmp_path) -> None:
+    """diffusers notes where a model was loaded from, and so did the tokenizers of transformers 4."""
+    place = "/home/ada/models"
+    for name, entry in {
+        "model_index.json": "_name_or_path",
+        "unet/config.json": "_name_or_path",
+        "text_encoder/config.json": "_name_or_path",
+        "tokenizer/tokenizer_config.json": "special_tokens_map_file",
+    }.items():
+        file = folders["distilled"] / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), entry: f"{place}/{name}"}))
+    release = tmp_path / "release"
+    publish(CONFIG, **folders, out=release, run=NoRun())
+    for file in release.rglob("*"):
+        assert not file.is_file() or place.encode() not in file.read_bytes(), file
+    tokenizers = unpacked(release / "koala-700m.safetensors", tmp_path / "unpacked")
+    assert place not in tokenizers
+    assert generated(release).shape == generated(folders["distilled"]).shape
 
 
 def test_the_teachers_licence_travels_with_the_release(folders, tmp_path) -> None:
