@@ -45,7 +45,10 @@ class Champion:
         except KoalaError as error:
             return Comparison({}, str(error))
         now = (evaluation / "metrics.json").read_bytes()
-        different = _difference(json.loads(then)["pinned"], json.loads(now)["pinned"])
+        try:
+            different = _difference(json.loads(then)["pinned"], json.loads(now)["pinned"])
+        except (ValueError, KeyError, TypeError):
+            return Comparison({}, f"metrics.json of {self.place} does not say how it was measured")
         if ours.prompts != theirs.prompts or different:
             return Comparison({}, f"{self.place} was evaluated with {different or 'other prompts'}")
         prompts, one, other = [prompt.text for prompt in ours.prompts], ours.scores[STUDENT], theirs.scores[STUDENT]

@@ -18,6 +18,7 @@ from koala.publish import approvals, gate_page
 from koala.publish.champion import champion, verdicts_on
 from koala.publish.config import PublishConfig
 from koala.publish.gate import Requirement
+from koala.publish.promotion import judge_version
 from koala.publish.publish import publish
 from koala.publish.releases import approve
 from koala.publish.targets.folder import FolderTarget
@@ -266,6 +267,51 @@ def test_images_of_other_prompts_are_not_shown_beside(config, evaluation, tmp_pa
     release(config, evaluation(0.5, wrong=40), tmp_path)
     assert champion(config, NAME).beside(evaluation(0.9, wrong=200), NAME)
     assert champion(config, NAME).beside(evaluation(0.9, wrong=200, first_seed=7), NAME) is None
+
+
+def test_a_champion_whose_figures_cannot_be_read_is_said(config, evaluation, tmp_path) -> None:
+    release(config, evaluation(0.5), tmp_path)
+    file = tmp_path / "shared" / NAME / "v1" / "metrics.json"
+    for text in ('{"after": {}}', "{", "[]"):
+        file.write_text(text)
+        passed, verdict = words(config, evaluation(0.9))
+        assert not passed
+        assert "metrics.json of koala-700m v1 (target folder) does not say how it was measured" in verdict
+
+
+def test_a_version_is_judged_by_its_own_images_in_a_folder_that_is_used_again(config, evaluation, tmp_path) -> None:
+    out = tmp_path / "judged"
+    release(config, evaluation(0.5, wrong=40), tmp_path)
+    first = evaluation(0.9, wrong=200)
+    Image.new("RGB", (32, 32)).save(first / "samples" / "000005.png")
+    release(config, first, tmp_path)
+    config.targets[0].shelf(NAME).point_to("v1")
+    judge_version(config, NAME, "v2", out)
+    assert (out / "evaluation" / "samples" / "000005.png").is_file()
+    release(config, evaluation(0.95, wrong=100), tmp_path)
+    config.targets[0].shelf(NAME).point_to("v1")
+    judge_version(config, NAME, "v3", out)
+    assert {file.name for file in (out / "evaluation" / "samples").iterdir()} == {"000000.png", "000003.png"}
+    assert (out / "beside.png").is_file()
+    judge_version(config, NAME, "v1", out)
+    assert not (out / "beside.png").exists()  # there is no other
+
+
+def test_an_approval_is_added_behind_a_line_without_an_end(evaluation, tmp_path) -> None:
+    file = tmp_path / "approvals.yaml"
+    for by in ("Ada", "Bob"):
+        approvals.add(NAME, evaluation(0.5), "because", by, file)
+        file.write_text(file.read_text().rstrip("\n"))
+    assert [each.by for each in approvals.read(file)] == ["Ada", "Bob"]
+
+
+def test_an_account_without_a_name_is_asked_for_one(evaluation, tmp_path, monkeypatch) -> None:
+    """As in a container that runs under a number."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 987654)
+    with pytest.raises(KoalaError, match=r"this account has no name: say who approves \(--by\)"):
+        approvals.add(NAME, evaluation(0.5), "because", None, tmp_path / "approvals.yaml")
 
 
 @pytest.mark.parametrize("text", ["- {student: koala-700m}", "yes", "- [", "{a: b}"])
