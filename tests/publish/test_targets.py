@@ -243,6 +243,10 @@ def test_a_link_in_a_release_is_refused(release: Path, tmp_path: Path) -> None:
     (release / "secret").symlink_to("/etc/hostname")
     with pytest.raises(KoalaError, match="secret is a link: put the file itself"):
         FolderTarget(path=tmp_path / "shared").send(release, "koala")
+    (release / "secret").unlink()
+    (release / "vae").symlink_to(release / "unet")  # of a folder too, which would be left out
+    with pytest.raises(KoalaError, match="vae is a link: put the file itself"):
+        FolderTarget(path=tmp_path / "shared").send(release, "koala")
 
 
 def test_s3_holds_versions_and_names_the_latest(release: Path, bucket: S3Target, proxy: Proxy) -> None:
