@@ -102,7 +102,7 @@ def load(model: str | Path, dtype: str | None = None, base: str | Path | None = 
         if path.is_file() and is_embedded(path):
             pipeline = load_pipeline(path, kind)
         elif path.is_file():
-            pipeline = StableDiffusionXLPipeline.from_single_file(path, dtype=kind)
+            pipeline = StableDiffusionXLPipeline.from_single_file(path, dtype=kind, add_watermarker=False)
         else:
             pipeline = StableDiffusionXLPipeline.from_pretrained(
                 path if path.is_dir() else str(model),

@@ -71,6 +71,20 @@ def test_a_folder_without_safetensors_is_refused(tiny_teacher, tmp_path) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_no_model_is_watermarked(tiny_teacher, tmp_path, monkeypatch) -> None:
+    """diffusers does so where invisible-watermark is installed, unless told otherwise: a file's images beside a folder's."""
+    from diffusers import StableDiffusionXLPipeline
+    from safetensors.torch import save_file
+
+    asked = {}
+    pipeline = generate.load(tiny_teacher)
+    load = lambda _, **options: (asked.update(options), pipeline)[1]  # noqa: E731
+    monkeypatch.setattr(StableDiffusionXLPipeline, "from_single_file", load)
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    assert generate.load(tmp_path / "foreign.safetensors").watermark is None
+    assert asked["add_watermarker"] is False
+
+
 def test_a_tokenizer_without_words_is_refused(tiny_teacher, tmp_path) -> None:
     """transformers makes one of two tokens, which generates from the empty prompt."""
     for part in ("tokenizer", "tokenizer_2"):
