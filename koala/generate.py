@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from koala.console import hide_loading_bars
 from koala.errors import KoalaError
 from koala.evaluate.config import SamplingConfig
+from koala.teacher.layout import check_vocabularies
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,7 @@ def check_model(model: str | Path) -> None:
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise KoalaError(f"cannot load a model of SDXL's kind from {model}: the folder has no model_index.json")
+        check_vocabularies(path, str(model))
     elif path.exists():
         if path.suffix != ".safetensors":
             raise KoalaError(f"cannot load a model from {model}, which is not a .safetensors file: {_EXPECTED}")
@@ -83,6 +85,7 @@ def load(model: str | Path, dtype: str | None = None, base: str | Path | None = 
     check_model(model)
     import torch
     from diffusers import StableDiffusionXLPipeline
+    from safetensors import SafetensorError
 
     from koala.teacher.embedded import is_embedded, is_unet, load_pipeline, load_unet
 
@@ -99,7 +102,7 @@ def load(model: str | Path, dtype: str | None = None, base: str | Path | None = 
         if path.is_file() and is_embedded(path):
             pipeline = load_pipeline(path, kind)
         elif path.is_file():
-            pipeline = StableDiffusionXLPipeline.from_single_file(path, dtype=kind)
+            pipeline = StableDiffusionXLPipeline.from_single_file(path, dtype=kind, add_watermarker=False)
         else:
             pipeline = StableDiffusionXLPipeline.from_pretrained(
                 path if path.is_dir() else str(model),
@@ -108,7 +111,8 @@ def load(model: str | Path, dtype: str | None = None, base: str | Path | None = 
                 add_watermarker=False,
                 local_files_only=path.is_dir(),
             )
-    except (OSError, ValueError) as error:
+    # ImportError: of a scheduler that needs another package. transformers lets SafetensorError through.
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise KoalaError(f"cannot load a model of SDXL's kind from {model}: {reason}") from None
     pipeline.set_progress_bar_config(disable=True)

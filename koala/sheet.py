@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
     from PIL.Image import Image
 
+_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -43,21 +45,24 @@ def generate_sheet(
     base: str | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Generate each model's images and write them to `out` as one PNG.
+    """Generate each model's images and write them to `out` as one image.
 
     The images of one model stand side by side. Those of several form a grid: seeds down, models across.
 
     Args:
         models: Folders, files or Hub repositories.
         request: What is generated.
-        out: The file.
+        out: The file; its suffix says the format.
         loras: LoRAs for SDXL, or for the model itself, that each model gets.
         base: The model whose text encoders and VAE a U-Net's file takes.
         dtype: The weights' type; left out, the device's.
 
     Raises:
-        KoalaError: A model or a LoRA cannot be loaded. All are looked for before the first is loaded.
+        KoalaError: `out` has no suffix of an image, or a model or a LoRA cannot be loaded. All are looked for before the first
+            is loaded.
     """
+    if out.suffix.lower() not in _FORMATS:
+        raise KoalaError(f"--out {out}: name a file of one of {', '.join(_FORMATS)}")
     check(models, loras, base, dtype)
     from koala.plots import grid, tiles
 

@@ -416,4 +416,6 @@ def artifact_address(run_id: str, name: str) -> str:
 def _ui() -> str:
     """Return MLflow's UI: the one that KOALA_MLFLOW_UI names, or the tracking server, or the one of `make serve`."""
     store = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return (os.environ.get(UI) or (store if store.startswith("http") else "http://127.0.0.1:5000")).rstrip("/")
+    address = os.environ.get(UI) or (store if store.startswith("http") else "http://127.0.0.1:5000")
+    # Links are logged: without the name and password for the server.
+    return re.sub(r"(?<=://)[^/]*@", "", address).rstrip("/")

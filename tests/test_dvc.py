@@ -86,8 +86,14 @@ HOUSEKEEPING = {
 OF_OTHER_STAGES = {
     "distill": {"koala/unet/student.py", "koala/unet/blocks.py", "koala/unet/weights.py"},
     "teacher": {"koala/unet/blocks.py"},
-    "reference": {"koala/teacher/embedded.py"},
-    "evaluate": {"koala/teacher/embedded.py", "koala/unet/blocks.py", "koala/unet/student.py", "koala/unet/weights.py"},
+    "reference": {"koala/teacher/embedded.py", "koala/teacher/layout.py"},
+    "evaluate": {
+        "koala/teacher/embedded.py",
+        "koala/teacher/layout.py",
+        "koala/unet/blocks.py",
+        "koala/unet/student.py",
+        "koala/unet/weights.py",
+    },
 }
 
 

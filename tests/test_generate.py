@@ -1,5 +1,7 @@
 """Loading models and generating images with them."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -61,12 +63,51 @@ def test_dtype_of_a_loaded_pipeline(tiny_teacher) -> None:
 
 
 def test_a_folder_without_safetensors_is_refused(tiny_teacher, tmp_path) -> None:
-    import shutil
-
     folder = Path(shutil.copytree(tiny_teacher, tmp_path / "pickled"))
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     file.rename(file.with_suffix(".bin"))
     with pytest.raises(KoalaError, match="cannot load a model of SDXL's kind from") as caught:
+        generate.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_model_is_watermarked(tiny_teacher, tmp_path, monkeypatch) -> None:
+    """diffusers does so where invisible-watermark is installed, unless told otherwise: a file's images beside a folder's."""
+    from diffusers import StableDiffusionXLPipeline
+    from safetensors.torch import save_file
+
+    asked = {}
+    pipeline = generate.load(tiny_teacher)
+    load = lambda _, **options: (asked.update(options), pipeline)[1]  # noqa: E731
+    monkeypatch.setattr(StableDiffusionXLPipeline, "from_single_file", load)
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    assert generate.load(tmp_path / "foreign.safetensors").watermark is None
+    assert asked["add_watermarker"] is False
+
+
+def test_a_tokenizer_without_words_is_refused(tiny_teacher, tmp_path) -> None:
+    """transformers makes one of two tokens, which generates from the empty prompt."""
+    for part in ("tokenizer", "tokenizer_2"):
+        folder = Path(shutil.copytree(tiny_teacher, tmp_path / part))
+        (folder / part / "tokenizer.json").unlink()
+        with pytest.raises(KoalaError, match=rf"{part} has no vocabulary"):
+            generate.load(folder)
+
+
+def test_a_cut_text_encoder_is_one_line(tiny_teacher, tmp_path) -> None:
+    folder = Path(shutil.copytree(tiny_teacher, tmp_path / "cut"))
+    file = folder / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(KoalaError, match=r"cannot load a model of SDXL's kind from .*cut: Error while deserializing"):
+        generate.load(folder)
+
+
+def test_a_scheduler_that_needs_another_package_is_one_line(tiny_teacher, tmp_path) -> None:
+    folder = Path(shutil.copytree(tiny_teacher, tmp_path / "other"))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DPMSolverSDEScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(KoalaError, match="DPMSolverSDEScheduler requires the torchsde library") as caught:
         generate.load(folder)
     assert "\n" not in str(caught.value)
 

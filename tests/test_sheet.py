@@ -60,6 +60,15 @@ except KoalaError as error:
     assert result.stdout.strip().endswith("[]")
 
 
+@pytest.mark.parametrize("name", ["image", "image.pnj"])
+def test_a_file_that_is_no_image_is_said_before_a_model_is_loaded(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(sheet, "load", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(KoalaError, match=rf"--out .*/{name}: name a file of one of .png, .jpg"):
+        generate_sheet([str(tiny_teacher)], request(), tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("more", "line"),
     [

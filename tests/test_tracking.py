@@ -262,6 +262,14 @@ def test_no_secret_of_the_environment_is_tracked(open_run, monkeypatch: pytest.M
     assert "hidden-value" not in str(found.to_dictionary())
 
 
+@pytest.mark.parametrize("variable", ["MLFLOW_TRACKING_URI", tracking.UI])
+def test_links_hold_no_password(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.delenv(tracking.UI, raising=False)
+    monkeypatch.setenv(variable, "https://ada:s3cr3t@mlflow.example.org/store/")
+    address = tracking.artifact_address("r1", "report@1.html")
+    assert address == "https://mlflow.example.org/store/get-artifact?path=report%401.html&run_uuid=r1"
+
+
 def test_what_a_stage_reads_are_data_sets_of_its_run(tmp_path: Path) -> None:
     latents = Path("artifacts/smoke/latents")
     for name, digest in (("one", "a" * 64), ("other", "a" * 64), ("third", "b" * 64)):

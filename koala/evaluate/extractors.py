@@ -118,11 +118,14 @@ class Dino:
         self._images = _Remembered(self._class_tokens)
 
     def images(self, images: "Sequence[Image]") -> "np.ndarray":
-        """Return the class token of each image after the last norm, N x D."""
+        """Return the class token of each image after the last norm, N x D. An image that is not square is squeezed."""
         return self._images(images)
 
     def _class_tokens(self, images: "list[Image]") -> "np.ndarray":
-        inputs = self._processor(images=images, return_tensors="pt").to(self._model.device)
+        # The whole image at the model's side, as Stein et al. have it: a crop, the processor's default, would hide the borders.
+        inputs = self._processor(
+            images=images, size=dict(self._processor.crop_size), do_center_crop=False, return_tensors="pt"
+        ).to(self._model.device)
         tokens: np.ndarray = self._model(**inputs).pooler_output.float().cpu().numpy()
         return tokens
 

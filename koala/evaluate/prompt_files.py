@@ -91,7 +91,7 @@ def _read(files: list[Path], origin: str) -> list[Written]:
             category = file.stem if len(files) > 1 else ""
             found += [
                 Written(each.text.strip(), each.category or category, each.chunks)
-                for each in reader(file.read_text(encoding="utf-8"))
+                for each in reader(file.read_text(encoding="utf-8-sig"))  # some editors begin it with a mark
                 if each.text.strip()
             ]
         except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
@@ -105,13 +105,18 @@ def _read(files: list[Path], origin: str) -> list[Written]:
 
 
 def _lines(text: str) -> Iterator[Written]:
-    return (Written(line) for line in text.splitlines())
+    return (Written(line) for line in text.split("\n"))
 
 
 def _json_lines(text: str) -> Iterator[Written]:
-    for line in filter(str.strip, text.splitlines()):
+    # Not by splitlines: other separators of lines, such as U+2028, may stand within a text of JSON.
+    for line in filter(str.strip, text.split("\n")):
         row: Mapping[str, Any] = json.loads(line)
-        yield Written(str(row["prompt"]), str(row.get("category", "")), tuple(map(str, row.get("chunks", ()))))
+        chunks = row.get("chunks") or []
+        if not isinstance(chunks, list):
+            raise TypeError(f"chunks must be a list, not {chunks!r}")
+        category = row.get("category")
+        yield Written(_text(row["prompt"]), "" if category is None else str(category), tuple(map(_text, chunks)))
 
 
 def _tab_separated(text: str) -> Iterator[Written]:
@@ -123,7 +128,14 @@ def _json(text: str) -> Iterator[Written]:
     document = json.loads(text)
     if isinstance(document, Mapping):
         document = [annotation["caption"] for annotation in document["annotations"]]
-    return (Written(str(each)) for each in document)
+    return (Written(_text(each)) for each in document)
+
+
+def _text(value: Any) -> str:
+    """Return a prompt or a chunk of one. Raises TypeError for what is no text."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return value
 
 
 _READERS: dict[str, Callable[[str], Iterator[Written]]] = {

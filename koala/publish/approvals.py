@@ -56,14 +56,25 @@ def find(approvals: Sequence[Approval], student: str, evaluation: Path) -> Appro
 
 
 def add(student: str, evaluation: Path, because: str, by: str | None = None, file: Path = FILE) -> Approval:
-    """Append an approval to `file`. by: left out, the name of the account."""
+    """Append an approval to `file`. by: left out, the name of the account. Raises KoalaError where it has none."""
     approval = Approval(
         student=student,
         evaluation=digest(evaluation),
-        by=by or getpass.getuser(),
+        by=by or _account(),
         because=because,
         at=datetime.now(UTC).replace(microsecond=0),
     )
+    there = file.read_text() if file.is_file() else ""
     with file.open("a") as stream:
+        if there and not there.endswith("\n"):  # a person's editor left it so
+            stream.write("\n")
         yaml.safe_dump([approval.model_dump(mode="json")], stream, sort_keys=False, allow_unicode=True)
     return approval
+
+
+def _account() -> str:
+    """Return the name of the account, which a container that runs under a number lacks."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        raise KoalaError("this account has no name: say who approves (--by)") from None

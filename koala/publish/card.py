@@ -1,5 +1,6 @@
 """The model card, rendered from metrics and provenance."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from diffusers import StableDiffusionXLPipeline
 pipeline = StableDiffusionXLPipeline.from_pretrained(
     "PATH-OR-NAME", torch_dtype=torch.{dtype}, use_safetensors=True
 ).to("cuda")
-pipeline("{prompt}", num_inference_steps={steps}, guidance_scale={guidance:g}).images[0].save("image.png")
+pipeline({prompt}, num_inference_steps={steps}, guidance_scale={guidance:g}).images[0].save("image.png")
 ```
 
 {files}## How it was made
@@ -45,6 +46,8 @@ class SingleFiles:
     unet: str | None
     workflow: str | None
     recognised: str | None
+    zeros: bool = True
+    """Whether the pipeline has zeros where the negative prompt is empty."""
 
     @property
     def remark(self) -> str:
@@ -121,7 +124,7 @@ def render(
         table=table,
         dtype=config.dtype,
         strengths=_strengths(metrics.get("categories", ())),
-        prompt=example(config),
+        prompt=json.dumps(example(config), ensure_ascii=False),  # quotes and line breaks escaped
         steps=config.sampling.steps,
         guidance=config.sampling.guidance,
         files=_files(files, config.dtype),
@@ -179,11 +182,12 @@ def _files(files: SingleFiles, dtype: str) -> str:
         f"- `{files.unet}`: the U-Net under diffusers' names, {dtype}, for loaders of diffusion models.",
     ]
     if files.workflow:
+        zeros = "; zero the negative conditioning where the negative prompt is empty" if files.zeros else ""
         lines += [
             f"- `{files.workflow}`: a ComfyUI workflow (API format) with the example above.\n",
             "## Use it in ComfyUI\n",
             f"Put `{files.checkpoint}` into `models/checkpoints`, and open `{files.workflow}`. Or load it with the node *Load "
-            "Checkpoint* in any SDXL workflow; zero the negative conditioning where the negative prompt is empty.",
+            f"Checkpoint* in any SDXL workflow{zeros}.",
         ]
     return "\n".join(lines) + "\n\n"
 

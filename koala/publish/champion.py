@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koala.errors import KoalaError
+from koala.evaluate.prompts import Prompt
 from koala.evaluate.statistics import STUDENT, share
 from koala.evaluate.values import FILE as VALUES
 from koala.evaluate.values import SAMPLES, SAMPLES_OF_TEACHER, Values
@@ -40,18 +41,25 @@ class Champion:
         ours = Values.read(evaluation / VALUES, str(evaluation / VALUES))
         try:
             theirs = Values.read(io.BytesIO(self.read(VALUES)), f"{VALUES} of {self.place}")
-            then = json.loads(self.read("metrics.json"))["pinned"]
+            then = self.read("metrics.json")
         except KoalaError as error:
             return Comparison({}, str(error))
-        now = json.loads((evaluation / "metrics.json").read_text())["pinned"]
-        different = _difference(then, now)
+        now = (evaluation / "metrics.json").read_bytes()
+        try:
+            different = _difference(json.loads(then)["pinned"], json.loads(now)["pinned"])
+        except (ValueError, KeyError, TypeError):
+            return Comparison({}, f"metrics.json of {self.place} does not say how it was measured")
         if ours.prompts != theirs.prompts or different:
             return Comparison({}, f"{self.place} was evaluated with {different or 'other prompts'}")
         prompts, one, other = [prompt.text for prompt in ours.prompts], ours.scores[STUDENT], theirs.scores[STUDENT]
-        return Comparison({name: share(prompts, one[name], other[name]) for name in one if name in other})
+        shares = {name: share(prompts, one[name], other[name]) for name in one if name in other}
+        return Comparison(shares, itself=then == now)
 
     def beside(self, evaluation: Path, student: str) -> "Image | None":
-        """Lay out teacher's, champion's and student's images of `evaluation`; None where the champion has none of them."""
+        """Lay out teacher's, champion's and student's images of `evaluation`.
+
+        None where the champion has none of them, or generated its own from other prompts or seeds.
+        """
         from PIL import Image
 
         from koala.plots import grid
@@ -62,6 +70,8 @@ class Champion:
         if not files or len(images) < len(files):
             return None
         prompts = Values.read(evaluation / VALUES, str(evaluation / VALUES)).prompts
+        if prompts != self._prompts():
+            return None
         texts = [prompts[int(file.stem)].text for file in files]
         columns = {
             "teacher": _opened(evaluation / SAMPLES_OF_TEACHER / file.name for file in files),
@@ -69,6 +79,13 @@ class Champion:
             student: _opened(files),
         }
         return grid(texts, {name: column for name, column in columns.items() if column})
+
+    def _prompts(self) -> Sequence[Prompt]:
+        """Return what its images were generated from; nothing where it does not say so."""
+        try:
+            return Values.read(io.BytesIO(self.read(VALUES)), f"{VALUES} of {self.place}").prompts
+        except KoalaError:
+            return ()
 
     def read(self, file: str) -> bytes:
         """Return the content of a file of the release. Raises KoalaError where it has none of that name."""

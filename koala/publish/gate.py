@@ -1,7 +1,7 @@
 """The gate: the rules that a student must meet to be released."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from pydantic import model_validator
@@ -61,6 +61,8 @@ class Comparison:
     """What it has of each of the champion's scores."""
     hindrance: str = ""
     """Why they cannot be compared, where they cannot. No rule is met then."""
+    itself: bool = False
+    """Whether the champion is this student with this evaluation: the release is sent again, and need not beat itself."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Verdict:
     """The score's one-sided 95 % bound; None of a cost."""
     hindrance: str = ""
     """Why the rule cannot be judged."""
+    itself: bool = False
+    """Whether the champion is the student itself, which it need not beat."""
 
     @property
     def judged(self) -> float | None:
@@ -86,6 +90,8 @@ class Verdict:
         rule, judged = self.rule, self.judged
         if judged is None:
             return not self.hindrance
+        if self.itself:
+            return True
         least, most = rule.at_least, rule.at_most
         return (least is None or judged >= least) and (most is None or judged <= most)
 
@@ -95,7 +101,7 @@ class Verdict:
             return f"{self.rule}: {self.hindrance or 'there is none to beat'}"
         which = "upper" if self.rule.at_least is None else "lower"
         bound = "" if self.bound is None else f", {which} bound {_digits(self.bound)}"
-        return f"{self.rule}: {_digits(self.value)}{bound}"
+        return f"{self.rule}: {_digits(self.value)}{bound}{', of itself' if self.itself else ''}"
 
     def report(self) -> dict[str, Any]:
         """Return the verdict as JSON-able values."""
@@ -127,7 +133,8 @@ def judge(
             hindrance = champion.hindrance or "the champion was not measured by it" if champion else ""
             verdicts.append(Verdict(rule, None, None, hindrance))
         else:
-            verdicts.append(_judge(rule, figures, bounds))
+            itself = rule.of == "champion" and champion is not None and champion.itself
+            verdicts.append(replace(_judge(rule, figures, bounds), itself=itself))
     return verdicts
 
 

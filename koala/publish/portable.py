@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 
 _PREFIX = "text_model."
 _WEIGHTS = "model.safetensors"
+_ORIGINS = ("_name_or_path", "name_or_path", "special_tokens_map_file")
+"""Entries in which diffusers and transformers note a path."""
 
 
 def make_portable(folder: Path) -> None:
     """Give CLIP-L its prefixed names, and each tokenizer its vocab.json and merges.txt, in a folder that may be changed.
 
-    No configuration tells where a model was loaded from: it may be a path of the machine that made the teacher.
+    Configurations lose the paths of the machine that saved them.
     """
     for file in (folder / MODEL_INDEX, *folder.glob("*/*config.json")):
-        if (values := read_json(file)).pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(values, indent=2) + "\n")
+        _forget_origin(file)
     _prefix_clip_l(folder / "text_encoder")
     for tokenizer in (folder / "tokenizer", folder / "tokenizer_2"):
         if (tokenizer / "tokenizer.json").is_file():
@@ -75,6 +76,14 @@ def as_type(tensor: "Tensor", kind: "dtype", name: str) -> "Tensor":
     if not found.isfinite().all():
         raise KoalaError(f"{name} has values that are not finite in {kind}: set publish.dtype to another")
     return found
+
+
+def _forget_origin(file: Path) -> None:
+    """Remove from a configuration where its model was loaded from, which no loader needs."""
+    values = read_json(file)
+    kept = {name: value for name, value in values.items() if name not in _ORIGINS}
+    if kept != values:
+        file.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def _prefix_clip_l(folder: Path) -> None:

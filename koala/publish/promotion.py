@@ -1,6 +1,7 @@
 """A version at the targets, judged before it becomes the one that stands: by today's rules, beside today's champion."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,8 @@ def judge_version(config: PublishConfig, student: str, version: str, out: Path) 
     if shelf is None:
         raise KoalaError("no target keeps versions: name one under publish.targets, such as {folder: {path: releases}}")
     evaluation = out / "evaluation"
+    shutil.rmtree(evaluation, ignore_errors=True)  # of another version
+    (out / GRID).unlink(missing_ok=True)
     (evaluation / SAMPLES).mkdir(parents=True, exist_ok=True)
     samples = [name for name in shelf.manifest(version).files if name.startswith(f"{SAMPLES}/")]
     for name in (*EVALUATION, *samples):

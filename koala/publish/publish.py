@@ -87,8 +87,15 @@ def publish(config: PublishConfig, distilled: Path, evaluation: Path, out: Path,
     files = _single_files(config, out, name) if config.single_file else card.NO_FILES
     table = (evaluation / "summary.md").read_text()
     (out / "README.md").write_text(card.render(name, metrics, derived, training, table, config, files))
-    lasting = [verdict.report() for verdict in verdicts if verdict.rule.of != "champion"]
-    _write(out / GATE, {"rules": lasting, "approval": receipt["approval"]})
+    lasting = [verdict for verdict in verdicts if verdict.rule.of != "champion"]
+    overruled = any(not verdict.passed for verdict in lasting)
+    _write(
+        out / GATE,
+        {
+            "rules": [verdict.report() for verdict in lasting],
+            "approval": receipt["approval"] if overruled else None,
+        },
+    )
 
     content, cards = Manifest.of(out).sha256, [out / each for each in _REGISTERED if (out / each).is_file()]
     run.register(name, content, cards, _origin(training), "challenger")
@@ -126,7 +133,7 @@ def _send(targets: Sequence[Target], out: Path, name: str, receipt: dict[str, An
     for target in targets:
         try:
             receipt["targets"].append({"kind": target.kind, **target.send(out, name, stands)})
-        except KoalaError as error:
+        except (KoalaError, OSError) as error:
             receipt["targets"].append({"kind": target.kind, "failed": str(error)})
             failures.append(f"not at target {target.kind}: {error}")
         _write(out / RECEIPT, receipt)
@@ -185,13 +192,13 @@ def _single_files(config: PublishConfig, out: Path, name: str) -> card.SingleFil
     write_checkpoint(out, out / checkpoint, title=name, license=config.licence, dtype=config.dtype)
     write_unet(out, out / unet, title=name, license=config.licence, dtype=config.dtype)
     recognised = recognised_as(read_json(out / "unet" / "config.json"))
-    files = card.SingleFiles(checkpoint, unet, f"{name}-comfyui.json" if recognised else None, recognised)
+    zeros = bool(read_json(out / "model_index.json").get("force_zeros_for_empty_prompt", True))
+    files = card.SingleFiles(checkpoint, unet, f"{name}-comfyui.json" if recognised else None, recognised, zeros)
     say(f"publish: {checkpoint}: {files.remark}")
     if files.workflow:
         scheduler = read_json(out / "scheduler" / "scheduler_config.json")
-        trailing = scheduler.get("timestep_spacing") == "trailing"
-        prompt = card.example(config)
-        _write(out / files.workflow, workflow(checkpoint, prompt, config.sampling, image_side(out), trailing))
+        graph = workflow(checkpoint, card.example(config), config.sampling, image_side(out), scheduler, files.zeros)
+        _write(out / files.workflow, graph)
     return files
 
 

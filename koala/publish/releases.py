@@ -21,7 +21,11 @@ def show_releases(targets: Sequence[Target], students: Sequence[str]) -> None:
         for kind, shelf in _shelves(targets, student):
             latest = shelf.latest()
             for version in shelf.versions():
-                manifest = shelf.manifest(version)
+                try:
+                    manifest = shelf.manifest(version)
+                except KoalaError:  # a tag of someone else's in a repository of the Hub, or a damaged file
+                    rows.append([student, kind, version, "", "", "", "no manifest that koala can read"])
+                    continue
                 size = sum(file.size for file in manifest.files.values())
                 missing = shelf.missing(version)
                 marks = ["latest"] * (version == latest) + [f"broken: {len(missing)} files missing"] * bool(missing)

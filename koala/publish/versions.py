@@ -51,10 +51,12 @@ class Manifest:
         files = {}
         for path in sorted(release.rglob("*")):
             name = path.relative_to(release).as_posix()
-            if name.partition("/")[0] in (STATE, MANIFEST, RECEIPT) or path.is_dir():
+            if name.partition("/")[0] in (STATE, MANIFEST, RECEIPT):
                 continue
             if path.is_symlink():
                 raise KoalaError(f"{path} is a link: put the file itself into the release")
+            if path.is_dir():
+                continue
             with path.open("rb") as content:
                 files[name] = File(path.stat().st_size, hashlib.file_digest(content, "sha256").hexdigest())
         return cls(files)

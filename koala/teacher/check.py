@@ -7,7 +7,7 @@ Another parametrisation would load without an error and train a student that is 
 from pathlib import Path
 
 from koala.errors import KoalaError
-from koala.teacher.layout import MODELS, is_index, read_index
+from koala.teacher.layout import MODELS, check_vocabularies, is_index, read_index
 from koala.teacher.shape import read_json
 from koala.unet.blocks import teacher_stages
 
@@ -28,9 +28,7 @@ def check_configurations(folder: Path, origin: str) -> None:
             "choose a teacher with SDXL's VAE"
         )
     _check_unet(folder, origin, vae.get("latent_channels", 4))
-    for name in ("tokenizer", "tokenizer_2"):
-        if not any((folder / name / file).is_file() for file in ("vocab.json", "tokenizer.json")):
-            raise KoalaError(f"{origin}: {name} has no vocabulary (vocab.json or tokenizer.json): add the file")
+    check_vocabularies(folder, origin)
 
 
 def _check_scheduler(folder: Path, origin: str, kind: str) -> None:

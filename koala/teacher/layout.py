@@ -63,6 +63,13 @@ def configurations(files: Iterable[str], parts: Collection[str]) -> dict[str, st
     }
 
 
+def check_vocabularies(folder: Path, origin: str) -> None:
+    """Raise KoalaError for a tokenizer without words: transformers would load it, and read every prompt as empty."""
+    for name in ("tokenizer", "tokenizer_2"):
+        if not any((folder / name / file).is_file() for file in ("vocab.json", "tokenizer.json")):
+            raise KoalaError(f"{origin}: {name} has no vocabulary (vocab.json or tokenizer.json): add the file")
+
+
 def licence(files: Collection[str]) -> dict[str, str]:
     """Return the licence among `files` with its name in the teacher; empty where there is none."""
     return dict.fromkeys([each for each in _LICENSES if each in files][:1], LICENSE)

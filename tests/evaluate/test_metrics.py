@@ -135,7 +135,7 @@ def tiny_dino(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dino")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
-    BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
     return str(folder)
 
 
@@ -147,7 +147,8 @@ def test_dino_compares_images_of_the_same_number(tiny_dino, drawn) -> None:
     assert metric.measure(images, prompts, None) == {}
     assert metric.measure(images, prompts, images)["dino_cosine"] == pytest.approx([1] * 6, abs=1e-5)
     found = metric.measure(images, prompts, images[::-1])["dino_cosine"]
-    inputs = BitImageProcessor.from_pretrained(tiny_dino)(images=[images[1], images[4]], return_tensors="pt")
+    whole = {"size": {"height": 28, "width": 28}, "do_center_crop": False}
+    inputs = BitImageProcessor.from_pretrained(tiny_dino)(images=[images[1], images[4]], **whole, return_tensors="pt")
     tokens = Dinov2Model.from_pretrained(tiny_dino).eval()(**inputs).last_hidden_state[:, 0].detach().numpy()
     expected = tokens[0] @ tokens[1] / np.linalg.norm(tokens[0]) / np.linalg.norm(tokens[1])
     assert found[1] == pytest.approx(expected, abs=1e-4)
@@ -196,6 +197,12 @@ def test_the_discrepancy_of_resamples_is_that_of_their_images(monkeypatch) -> No
         drawn.append(1000 * (kernels[0] + kernels[1] - 2 * kernels[2]))
     assert found.draws == pytest.approx(drawn - np.mean(drawn) + found.value, rel=1e-4)
     assert np.mean(found.draws) == pytest.approx(found.value)
+
+
+def test_dino_sees_the_borders_of_an_image(tiny_dino) -> None:
+    plain, framed = Image.new("RGB", (64, 48)), Image.new("RGB", (64, 48), (255, 255, 255))
+    framed.paste(Image.new("RGB", (60, 44)), (2, 2))
+    assert DinoCosine(model=tiny_dino).measure([framed], [Prompt("a", 0)], [plain])["dino_cosine"][0] < 0.999
 
 
 def test_sets_are_compared_with_the_teachers(tiny_dino, tiny_clip, drawn) -> None:

@@ -18,6 +18,7 @@ from koala.publish import approvals, gate_page
 from koala.publish.champion import champion, verdicts_on
 from koala.publish.config import PublishConfig
 from koala.publish.gate import Requirement
+from koala.publish.promotion import judge_version
 from koala.publish.publish import publish
 from koala.publish.releases import approve
 from koala.publish.targets.folder import FolderTarget
@@ -88,7 +89,7 @@ def test_only_a_challenger_that_is_better_than_noise_replaces_the_champion(confi
     assert verdict.startswith("good of champion at least 1: 1.029, lower bound 0.")
     assert not words(config, evaluation(0.5))[0]
     # The champion itself, published again.
-    assert words(config, evaluation(0.7)) == (True, "good of champion at least 1: 1.000, lower bound 1.000")
+    assert words(config, evaluation(0.7)) == (True, "good of champion at least 1: 1.000, lower bound 1.000, of itself")
 
 
 def test_the_latest_version_is_the_champion_after_a_rollback_too(config, evaluation, tmp_path) -> None:
@@ -224,6 +225,93 @@ def test_a_person_overrules_the_gate_by_name_for_one_evaluation(
         approve(config, NAME, evaluation(0.95), "why not", None)
     with pytest.raises(KoalaError, match="was not evaluated: run `koala evaluate koala-1b` first"):
         approve(config, "koala-1b", tmp_path / "nothing", "why not", None)
+
+
+def test_an_overruled_release_published_again_is_the_same_version(
+    config, evaluation, tmp_path, tiny_teacher, recorder, monkeypatch
+) -> None:
+    """It is the champion itself by then, and misses no rule; so it is where a target failed, and the call is repeated."""
+    monkeypatch.chdir(tmp_path)
+    distilled = shutil.copytree(tiny_teacher, tmp_path / "distilled" / NAME)
+    release(config, evaluation(0.9), tmp_path)
+    refused = evaluation(0.5)
+    approve(config, NAME, refused, "the old one infringes a trademark", "Ada")
+    approved = config.model_copy(update={"approvals": approvals.read(), "single_file": False})
+    for _ in range(2):
+        publish(approved, distilled, refused, tmp_path / "out", recorder)
+        receipt = json.loads((tmp_path / "out" / "receipt.json").read_text())
+        assert receipt["targets"][0]["version"] == "v2"
+    assert config.targets[0].shelf(NAME).versions() == ["v1", "v2"]
+
+
+def test_a_rule_that_asks_for_more_than_the_champion_lets_the_same_release_be_completed(
+    config, evaluation, tmp_path, tiny_teacher
+) -> None:
+    """Its first target has it and it stands there, a second one failed: the next call sends it to that one."""
+    distilled = shutil.copytree(tiny_teacher, tmp_path / "distilled" / NAME)
+    second = FolderTarget(path=tmp_path / "second")
+    rule = Requirement(metric="good", of="champion", at_least=1.01)
+    better = config.model_copy(update={"require": (rule,), "single_file": False})
+    release(better, evaluation(0.5), tmp_path)
+    challenger = evaluation(0.95)
+    publish(better, distilled, challenger, tmp_path / "out", NoRun())
+    both = better.model_copy(update={"targets": (*better.targets, second)})
+    publish(both, distilled, challenger, tmp_path / "out", NoRun())
+    assert [target.shelf(NAME).versions() for target in both.targets] == [["v1", "v2"], ["v1"]]
+    # Another student that is no better is still refused.
+    with pytest.raises(KoalaError, match="is not released"):
+        publish(both, distilled, evaluation(0.94), tmp_path / "out", NoRun())
+
+
+def test_images_of_other_prompts_are_not_shown_beside(config, evaluation, tmp_path) -> None:
+    release(config, evaluation(0.5, wrong=40), tmp_path)
+    assert champion(config, NAME).beside(evaluation(0.9, wrong=200), NAME)
+    assert champion(config, NAME).beside(evaluation(0.9, wrong=200, first_seed=7), NAME) is None
+
+
+def test_a_champion_whose_figures_cannot_be_read_is_said(config, evaluation, tmp_path) -> None:
+    release(config, evaluation(0.5), tmp_path)
+    file = tmp_path / "shared" / NAME / "v1" / "metrics.json"
+    for text in ('{"after": {}}', "{", "[]"):
+        file.write_text(text)
+        passed, verdict = words(config, evaluation(0.9))
+        assert not passed
+        assert "metrics.json of koala-700m v1 (target folder) does not say how it was measured" in verdict
+
+
+def test_a_version_is_judged_by_its_own_images_in_a_folder_that_is_used_again(config, evaluation, tmp_path) -> None:
+    out = tmp_path / "judged"
+    release(config, evaluation(0.5, wrong=40), tmp_path)
+    first = evaluation(0.9, wrong=200)
+    Image.new("RGB", (32, 32)).save(first / "samples" / "000005.png")
+    release(config, first, tmp_path)
+    config.targets[0].shelf(NAME).point_to("v1")
+    judge_version(config, NAME, "v2", out)
+    assert (out / "evaluation" / "samples" / "000005.png").is_file()
+    release(config, evaluation(0.95, wrong=100), tmp_path)
+    config.targets[0].shelf(NAME).point_to("v1")
+    judge_version(config, NAME, "v3", out)
+    assert {file.name for file in (out / "evaluation" / "samples").iterdir()} == {"000000.png", "000003.png"}
+    assert (out / "beside.png").is_file()
+    judge_version(config, NAME, "v1", out)
+    assert not (out / "beside.png").exists()  # there is no other
+
+
+def test_an_approval_is_added_behind_a_line_without_an_end(evaluation, tmp_path) -> None:
+    file = tmp_path / "approvals.yaml"
+    for by in ("Ada", "Bob"):
+        approvals.add(NAME, evaluation(0.5), "because", by, file)
+        file.write_text(file.read_text().rstrip("\n"))
+    assert [each.by for each in approvals.read(file)] == ["Ada", "Bob"]
+
+
+def test_an_account_without_a_name_is_asked_for_one(evaluation, tmp_path, monkeypatch) -> None:
+    """As in a container that runs under a number."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 987654)
+    with pytest.raises(KoalaError, match=r"this account has no name: say who approves \(--by\)"):
+        approvals.add(NAME, evaluation(0.5), "because", None, tmp_path / "approvals.yaml")
 
 
 @pytest.mark.parametrize("text", ["- {student: koala-700m}", "yes", "- [", "{a: b}"])

@@ -115,6 +115,18 @@ def test_versions_are_listed_verified_and_rolled_back(hub: Hub, release: Path, c
     assert list(hub.tags) == ["v1", "v2"]
 
 
+def test_a_tag_of_someone_elses_is_listed_as_such(hub: Hub, release: Path, capsys: pytest.CaptureFixture) -> None:
+    target = HubTarget(owner="owner")
+    target.shelf("name").create(True)
+    hub.tags["v1"] = hub.refs["main"]
+    assert target.send(release, "name")["version"] == "v2"
+    show_releases([target], ["name"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:3] for line in lines[-2:]] == [["name", "hub", "v1"], ["name", "hub", "v2"]]
+    assert " ".join(lines[-2][3:]) == "no manifest that koala can read"
+    assert lines[-1][-1] == "latest"
+
+
 def test_damage_is_found(hub: Hub, release: Path) -> None:
     TARGET.send(release, NAME)
     hub.commits[hub.tags["v1"]]["unet/config.json"] = b"spoilt"

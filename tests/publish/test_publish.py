@@ -1,5 +1,6 @@
 """The gate, the card, and a release that generates what the student generated."""
 
+import ast
 import json
 import shutil
 from pathlib import Path
@@ -24,6 +25,7 @@ from koala.publish.targets.folder import FolderTarget
 from koala.publish.versions import Manifest
 from koala.publish.workflow import workflow
 from koala.run import STATE, NoRun
+from koala.teacher.embedded import unpack
 
 METRICS = {
     "teacher": {"unet_parameters": 1000, "attributes/all": 0.95},
@@ -78,6 +80,12 @@ def folders(tmp_path: Path, tiny_teacher: Path) -> dict[str, Path]:
 def generated(model: Path) -> np.ndarray:
     sampling, prompts = SamplingConfig(steps=3, guidance=2.0), [("a large red circle on a white background", 3)]
     return np.asarray(generate.generate(generate.load(model, "float32"), prompts, sampling)[0], int)
+
+
+def unpacked(file: Path, to: Path) -> str:
+    """The configurations and tokenizers in a single file."""
+    unpack(file, to)
+    return "".join(each.read_text() for each in to.rglob("*") if each.is_file())
 
 
 def weights(folder: Path) -> dict[str, Any]:
@@ -135,6 +143,26 @@ def test_a_value_that_half_precision_cannot_hold_is_refused(folders, tmp_path) -
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(KoalaError, match=r"vae: decoder.conv_in.bias has values .*: set publish.dtype to another"):
         publish(CONFIG, **folders, out=tmp_path / "release", run=NoRun())
+
+
+def test_a_release_holds_no_path_of_the_machine_that_made_it(folders, tmp_path) -> None:
+    """diffusers notes where a model was loaded from, and so did the tokenizers of transformers 4."""
+    place = "/home/ada/models"
+    for name, entry in {
+        "model_index.json": "_name_or_path",
+        "unet/config.json": "_name_or_path",
+        "text_encoder/config.json": "_name_or_path",
+        "tokenizer/tokenizer_config.json": "special_tokens_map_file",
+    }.items():
+        file = folders["distilled"] / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), entry: f"{place}/{name}"}))
+    release = tmp_path / "release"
+    publish(CONFIG, **folders, out=release, run=NoRun())
+    for file in release.rglob("*"):
+        assert not file.is_file() or place.encode() not in file.read_bytes(), file
+    tokenizers = unpacked(release / "koala-700m.safetensors", tmp_path / "unpacked")
+    assert place not in tokenizers
+    assert generated(release).shape == generated(folders["distilled"]).shape
 
 
 def test_the_teachers_licence_travels_with_the_release(folders, tmp_path) -> None:
@@ -242,6 +270,16 @@ def test_the_card_is_valid_and_carries_the_figures(folders, tmp_path) -> None:
     assert "Commit `abc`" in card.text
     assert 'pipeline("a large red circle", num_inference_steps=20, guidance_scale=3)' in card.text
     assert "6 steps of 8 images at a learning rate of 0.0005" in card.text
+
+
+def test_the_cards_example_is_python_whatever_the_prompt(folders, tmp_path) -> None:
+    prompt = 'a sign that says "open",\nat C:\\new, 寿司'
+    sampling = CONFIG.sampling.model_copy(update={"prompts": (prompt,)})
+    publish(CONFIG.model_copy(update={"sampling": sampling}), **folders, out=tmp_path / "release", run=NoRun())
+    code = (tmp_path / "release" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    texts = {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)}
+    assert prompt in texts
+    assert "寿司" in code
 
 
 def test_a_commit_with_changes_is_said_to_be_one(folders, tmp_path) -> None:
@@ -418,6 +456,15 @@ def test_what_one_target_lacks_is_said_and_completed_by_publishing_again(
     assert links == {"down.version": "v1", "folder.version": "v1", "folder.path": sent["path"]}
 
 
+def test_a_folder_that_cannot_be_written_stops_no_other_target(folders, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    targets = (FolderTarget(path=tmp_path / "file" / "shared"), FolderTarget(path=tmp_path / "shared"))
+    config = CONFIG.model_copy(update={"targets": targets})
+    with pytest.raises(KoalaError, match=r"not at target folder: .*Not a directory: .*file/shared.*: publish again"):
+        publish(config, **folders, out=tmp_path / "release", run=NoRun())
+    assert targets[1].shelf("koala-700m").latest() == "v1"
+
+
 def test_a_target_of_a_user_needs_no_change_elsewhere(folders, tmp_path) -> None:
     sent = []
 
@@ -505,10 +552,39 @@ def test_a_student_that_comfyui_recognises_has_a_workflow(folders, tmp_path, mon
 
 def test_a_workflow_of_a_few_step_model_has_no_guidance_and_trailing_timesteps() -> None:
     """ComfyUI calls 1 what diffusers calls 0."""
-    graph = workflow("x.safetensors", "a fox", SamplingConfig(steps=4, guidance=0), 512, trailing=True)
+    graph = workflow(
+        "x.safetensors", "a fox", SamplingConfig(steps=4, guidance=0), 512, {"timestep_spacing": "trailing"}
+    )
     sample = graph["sample"]["inputs"]
     assert (sample["cfg"], sample["steps"], sample["scheduler"]) == (1.0, 4, "sgm_uniform")
     assert (graph["latent"]["inputs"]["width"], graph["latent"]["inputs"]["height"]) == (512, 512)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "found"),
+    [
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}, ("euler", "normal")),
+        ({"_class_name": "EulerAncestralDiscreteScheduler"}, ("euler_ancestral", "normal")),  # SDXL-Turbo's
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, ("dpmpp_2m", "karras")),
+        ({"_class_name": "AnotherScheduler"}, ("euler", "normal")),
+    ],
+)
+def test_a_workflow_samples_as_the_pipeline_does(scheduler, found) -> None:
+    sample = workflow("x.safetensors", "a fox", SamplingConfig(), 512, scheduler)["sample"]["inputs"]
+    assert (sample["sampler_name"], sample["scheduler"]) == found
+
+
+def test_a_pipeline_that_encodes_the_empty_prompt_does_so_in_comfyui(folders, tmp_path, monkeypatch) -> None:
+    from koala.publish import single_file
+
+    monkeypatch.setattr(single_file, "recognised_as", lambda _: "KOALA_700M")
+    file = folders["distilled"] / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "force_zeros_for_empty_prompt": False}))
+    release = tmp_path / "release"
+    publish(CONFIG, **folders, out=release, run=NoRun())
+    negative = json.loads((release / "koala-700m-comfyui.json").read_text())["negative"]
+    assert (negative["class_type"], negative["inputs"]["text"]) == ("CLIPTextEncode", "")
+    assert "in any SDXL workflow." in (release / "README.md").read_text()
 
 
 def test_a_release_that_a_person_is_asked_about_is_a_candidate_and_what_stands_stays(

@@ -176,6 +176,45 @@ def test_what_a_killed_publisher_left_in_a_folder_is_not_released(release: Path,
     assert not (left.with_name("v1") / "half.safetensors").exists()
 
 
+def test_a_damaged_version_in_a_folder_is_mended_by_publishing_again(release: Path, tmp_path: Path) -> None:
+    """`koala release verify` says so."""
+    target = FolderTarget(path=tmp_path / "shared")
+    target.send(release, "koala")
+    place = tmp_path / "shared" / "koala" / "v1"
+    before = (place / "manifest.json").read_bytes()
+    (place / "README.md").write_text("b card")  # of the same size
+    (place / "unet" / "weights.safetensors").unlink()
+    assert target.shelf("koala").damaged("v1") == ["README.md", "unet/weights.safetensors"]
+    assert target.send(release, "koala")["version"] == "v1"
+    assert target.shelf("koala").damaged("v1") == []
+    assert (place / "manifest.json").read_bytes() == before
+    assert {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()} == SENT
+
+
+def test_a_rollback_and_a_publisher_that_meet_in_a_folder_both_end(release: Path, tmp_path: Path) -> None:
+    shelf = FolderTarget(path=tmp_path / "shared").shelf("koala")
+    for card in ("one", "another"):
+        (release / "README.md").write_text(card)
+        FolderTarget(path=tmp_path / "shared").send(release, "koala")
+    failed: list[Exception] = []
+
+    def point(version: str) -> None:
+        for _ in range(300):
+            try:
+                shelf.point_to(version)
+            except OSError as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=point, args=(version,)) for version in ("v1", "v2")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert shelf.latest() in ("v1", "v2")
+    assert {path.name for path in shelf.place.iterdir()} == {"v1", "v2", "latest.json", ".lock"}
+
+
 def test_publishers_that_meet_in_a_folder_take_versions_of_their_own(
     release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +242,10 @@ def test_publishers_that_meet_in_a_folder_take_versions_of_their_own(
 def test_a_link_in_a_release_is_refused(release: Path, tmp_path: Path) -> None:
     (release / "secret").symlink_to("/etc/hostname")
     with pytest.raises(KoalaError, match="secret is a link: put the file itself"):
+        FolderTarget(path=tmp_path / "shared").send(release, "koala")
+    (release / "secret").unlink()
+    (release / "vae").symlink_to(release / "unet")  # of a folder too, which would be left out
+    with pytest.raises(KoalaError, match="vae is a link: put the file itself"):
         FolderTarget(path=tmp_path / "shared").send(release, "koala")
 
 

@@ -3,8 +3,9 @@
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,8 @@ class FolderTarget(Target):
     def send(self, release: Path, name: str, stands: bool = True) -> dict[str, str]:
         """Copy the release to a new version, or find the one that holds it; if it `stands`, let latest.json name it.
 
+        Files of that version that are missing or damaged are copied again.
+
         Returns its `version` and `path`. Of several publishers one waits for the other.
         """
         manifest, shelf = Manifest.of(release), self.shelf(name)
@@ -35,6 +38,8 @@ class FolderTarget(Target):
             if version is None:
                 version = after(shelf.versions())
                 _copy(release, manifest, shelf.place / version)
+            else:
+                _mend(release, shelf.damaged(version), shelf.place / version)
             if stands:
                 shelf.point_to(version)
         return {"version": version, "path": str(shelf.place / version)}
@@ -89,7 +94,8 @@ class FolderShelf(Shelf):
 
     def point_to(self, version: str) -> None:
         """Let latest.json name a version."""
-        partial = self.place / f".{LATEST}"
+        # A rollback does not wait for a publisher's lock, so that each has a file of its own.
+        partial = self.place / f".{LATEST}.{secrets.token_hex(8)}"
         partial.write_text(latest(version, self.manifest(version)))
         os.replace(partial, self.place / LATEST)
 
@@ -103,10 +109,26 @@ def _alone(place: Path) -> Iterator[None]:
 
 def _copy(release: Path, manifest: Manifest, version: Path) -> None:
     """Make the version appear in one step."""
-    partial = version.with_name(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a publisher that was killed
-    for name in manifest.files:
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(release / name, partial / name)
+    partial = _copied(release, manifest.files, version)
     (partial / MANIFEST).write_text(manifest.text())
     os.rename(partial, version)
+
+
+def _mend(release: Path, files: Sequence[str], version: Path) -> None:
+    """Let files of a version be those of the release again, each in one step."""
+    if files:
+        partial = _copied(release, files, version)
+        for name in files:
+            (version / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(partial / name, version / name)
+        shutil.rmtree(partial)
+
+
+def _copied(release: Path, files: Iterable[str], version: Path) -> Path:
+    """Copy files of the release into a folder beside the version. Return that folder."""
+    partial = version.with_name(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a publisher that was killed
+    for name in files:
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(release / name, partial / name)
+    return partial
