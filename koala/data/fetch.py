@@ -98,7 +98,10 @@ class Fetcher:
                 location, body = self._request(parts, deadline, allow)
             if location is None:
                 return body
-            url = urljoin(url, location)
+            try:
+                url = urljoin(url, location)
+            except ValueError:  # brackets that hold no address
+                raise _FinalError("no web address") from None
         raise _FinalError("too many redirects")
 
     def _host(self, name: str) -> "_Host":
@@ -281,7 +284,8 @@ def quoted(url: str) -> str | None:
         host = host if ":" in host else host.encode("idna").decode()
     except ValueError:  # UnicodeError is one
         return None
-    if parts.scheme not in ("http", "https") or not host or any(map(_is_control, url.strip())):
+    # A bracket is part of no host, but IDNA makes one of a wide bracket.
+    if parts.scheme not in ("http", "https") or not host or {*host} & {*"[]"} or any(map(_is_control, url.strip())):
         return None
     safe = "/%:@!$&'()*+,;=~-._"
     place = f"[{host}]" if ":" in host else host
@@ -297,11 +301,11 @@ def retry_after(value: str | None) -> float | None:
     """Return the seconds of a Retry-After header, a number or a date (RFC 9110, 10.2.3); None where it says none."""
     if not value:
         return None
-    if value.strip().isdigit():
-        return float(value)
     try:
+        if value.strip().isdigit():
+            return float(value)
         return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

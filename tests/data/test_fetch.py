@@ -151,6 +151,20 @@ FAULTS: list[tuple[str, Answer, str | None, int]] = [
     ("in a circle", redirect("/in a circle/x"), "too many redirects", 6),
     ("to a file", redirect("file:///etc/passwd"), "no web address", 1),
     ("to ftp", redirect("ftp://example.com/a.png"), "no web address", 1),
+    ("to broken brackets", redirect("http://[::1"), "no web address", 1),
+    ("to no address in brackets", redirect("//[x]/a.png"), "no web address", 1),
+    (
+        "to a host with a slash",
+        raw("HTTP/1.1 302 Found\r\nLocation: http://a\u2100b/\r\nContent-Length: 0\r\n\r\n".encode()),
+        "no web address",
+        1,
+    ),
+    (
+        "a pause until no date",
+        lambda handler: handler.send(status=503, Retry_After=f"Mon, 01 Jan 2024 00:00:00 +{'9' * 20}"),
+        "status 503",
+        2,
+    ),
     ("to this machine", redirect("http://127.0.0.1:1/"), "address refused", 1),
     ("to localhost", redirect("http://localhost/x.png"), "address refused", 1),
     ("to metadata", redirect("http://169.254.169.254/latest/meta-data/"), "address refused", 1),
@@ -283,6 +297,7 @@ def test_every_request_says_who_asks(server: Server) -> None:
         ("http://[::1/x", None),
         ("http://a.example/x\r\nHost: b.example", None),
         ("http://a..example/x", None),
+        ("http://\uff3ba.example/x", None),
         (f"http://{'a' * 64}.example/x", None),
         ("", None),
     ],
@@ -324,7 +339,8 @@ def test_a_pause_is_a_number_or_a_date() -> None:
     assert retry_after("120") == 120
     assert retry_after(email.utils.formatdate(time.time() + 90, usegmt=True)) == pytest.approx(90, abs=2)
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert [retry_after(value) for value in (None, "", "soon", "-1")] == [None] * 4
+    assert [retry_after(value) for value in (None, "", "soon", "-1", "\u00b2")] == [None] * 5
+    assert retry_after(f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT") is None
 
 
 def test_no_other_sites_redirect_leads_to_a_server_of_ours(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
