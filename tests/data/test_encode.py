@@ -330,6 +330,7 @@ BAD = {
     "nothing": (b"", "no image"),
     "cut": (png((32, 32), (9, 9, 9))[:60], "cannot be decoded"),
     "too large": (png((6000, 5000), (0, 0, 0)), "too many pixels"),
+    "a strip": (png((200_000, 1), (0, 0, 0)), "too long for its bucket"),
 }
 
 
@@ -347,9 +348,9 @@ def test_a_bad_image_is_one_counted_row(teacher: Path, out: Path, recorder: Any,
     }
     assert {key: row["error"] for key, row in rows.items()} == wanted
     assert len(LatentSet(out)) == recorder.logged["samples"] == 1
-    assert recorder.logged["failed"] == 5
+    assert recorder.logged["failed"] == 6
     assert json.loads((out / "stats.json").read_text())["errors"]["no image"] == 2
-    assert "encode: 5 images could not be encoded: no image (2)" in capsys.readouterr().err
+    assert "encode: 6 images could not be encoded: no image (2)" in capsys.readouterr().err
 
 
 def test_where_no_image_can_be_encoded_the_stage_stops(teacher: Path, out: Path) -> None:
