@@ -1,11 +1,13 @@
 """The fetcher against a real server with the faults of the real web."""
 
 import email.utils
+import gc
 import gzip
 import socket
 import ssl
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -188,6 +190,7 @@ FAULTS: list[tuple[str, Answer, str | None, int]] = [
     ("two for another", opted_out(X_Robots_Tag="otherbot: noai, noindex"), None, 1),
     ("after a directive with a value", opted_out(X_Robots_Tag="max-snippet: 5, noai"), "opted out of AI training", 1),
     ("gzip", lambda handler: handler.send(gzip.compress(IMAGE), Content_Encoding="gzip"), None, 1),
+    ("gzip cut off", lambda handler: handler.send(gzip.compress(IMAGE)[:100], Content_Encoding="gzip"), "cut off", 2),
     ("no gzip", lambda handler: handler.send(IMAGE, Content_Encoding="gzip"), "no HTTP", 1),
     (
         "a bomb",
@@ -258,6 +261,32 @@ def test_redirects_share_one_deadline(server: Server) -> None:
     server.answers["slow"] = slow  # six requests take longer than the deadline, each of them does not
     found = fetcher(server, timeout=5, retries=0).fetch(f"http://{server.place}/slow/x.png")
     assert found == (None, "deadline")
+
+
+def test_the_deadline_holds_where_it_passes_before_there_is_a_connection(server: Server) -> None:
+    server.answers["drops"] = dripping_body
+
+    def slow(host: str, port: int) -> list[str]:
+        time.sleep(0.6)
+        return [host]
+
+    one = Fetcher(FetchConfig(timeout=5, deadline=0.5, retries=0), (server.place,), slow)
+    began = time.monotonic()
+    assert one.fetch(f"http://{server.place}/drops/x.png") == (None, "deadline")
+    assert time.monotonic() - began < 3
+
+
+def test_a_host_that_nobody_asks_any_more_takes_no_memory() -> None:
+    one = Fetcher(FetchConfig(retries=0), resolver=lambda *_: ["127.0.0.1"])
+    one.fetch("http://first.example/x.png")
+    tracemalloc.start()
+    try:
+        for number in range(500):
+            assert one.fetch(f"http://{number}.example/x.png") == (None, "address refused")
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 200_000
+    finally:
+        tracemalloc.stop()
 
 
 # Who asks, and how.
