@@ -292,6 +292,17 @@ def test_a_shard_that_was_damaged_is_encoded_anew(teacher: Path, out: Path, reco
     )
 
 
+def test_a_manifest_of_the_last_run_that_is_broken_stops_nobody(teacher: Path, out: Path, capsys: Any) -> None:
+    kept = of_list(Path("old"), [0, 1])
+    Path("before").mkdir()
+    stage.encode(CONFIG, kept, teacher, Path("before"), NoRun())
+    Path("before", "manifest.json").write_text("{")
+    offer(out, Path("before"))
+    stage.encode(CONFIG, kept, teacher, out, NoRun())
+    assert len(LatentSet(out)) == 2
+    assert "nothing is taken over from the last run" in capsys.readouterr().err
+
+
 # Shards that a user made.
 
 
