@@ -5,7 +5,9 @@ where the connection is made, and the connection goes to the address that was ch
 """
 
 import ipaddress
+import math
 import socket
+import time
 from collections.abc import Callable, Collection
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -61,7 +63,12 @@ def resolve(host: str, port: int) -> list[str]:
 
 
 def connect(
-    host: str, port: int, timeout: float, allowed: Collection[str] = (), resolver: Resolve = resolve
+    host: str,
+    port: int,
+    timeout: float,
+    deadline: float = math.inf,
+    allowed: Collection[str] = (),
+    resolver: Resolve = resolve,
 ) -> socket.socket:
     """Connect to a public address of a host.
 
@@ -69,6 +76,7 @@ def connect(
         host: Name or address.
         port: TCP port.
         timeout: Seconds for each attempt.
+        deadline: When all attempts end, by time.monotonic().
         allowed: `HOST:PORT`s that may be inside.
         resolver: Gives the host's addresses. It is asked once, and the connection goes to what it answered.
 
@@ -83,8 +91,11 @@ def connect(
         raise AddressRefusedError(f"{host} is not on the public internet")
     failure: OSError = OSError(f"{host} has no address")
     for address in addresses:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
         try:
-            return socket.create_connection((address, port), timeout)
+            return socket.create_connection((address, port), min(timeout, left))
         except OSError as error:
             failure = error
     raise failure

@@ -31,9 +31,9 @@ def find(out: Path, parts: Sequence[str] | None = None) -> Path | None:
     parts: folders in it, where no others are needed.
     """
     folder = out / STATE / EARLIER
-    if not folder.is_dir() or not manifest.read(folder):
-        return None
     try:
+        if not folder.is_dir() or not manifest.read(folder):
+            return None
         manifest.check(folder, parts)
     except KoalaError as error:
         say(f"nothing is taken over from the last run: {error}")

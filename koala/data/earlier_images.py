@@ -30,6 +30,8 @@ class Held:
     """Width and height of the stored image, then of the fetched one; of an image that came."""
     sha256: str | None
     """Hash of the fetched file."""
+    exif: str | None
+    """EXIF data of the fetched file as JSON."""
     place: tuple[Path, Span]
     """The shard that holds the stored image, and where."""
 
@@ -53,9 +55,9 @@ class EarlierImages:
         """Return what is known of some URLs."""
         keys = {_key(url): url for url in urls}
         found = {}
-        for key, (status, cause, sizes, sha256, shard, span) in self._rows.find(keys).items():
+        for key, (status, cause, sizes, sha256, exif, shard, span) in self._rows.find(keys).items():
             place = (self._folder / f"{shard}.tar", (span[0], span[1]))
-            found[keys[key]] = Held(status, cause, (sizes[0], sizes[1], sizes[2], sizes[3]), sha256, place)
+            found[keys[key]] = Held(status, cause, (sizes[0], sizes[1], sizes[2], sizes[3]), sha256, exif, place)
         return found
 
 
@@ -79,7 +81,7 @@ def _rows_of(folder: Path, table: Path) -> Mapping[bytes, Any]:
     if not earlier.is_intact(table, shard):
         return {}
     images = {place.key: place.image for place in places_of(shard)}
-    columns = ["url", "key", "status", "error_message", *_SIZES, "sha256"]
+    columns = ["url", "key", "status", "error_message", *_SIZES, "sha256", "exif"]
     found = {}
     for row in pq.read_table(table, columns=columns).to_pylist():
         came = row["status"] == "success"
@@ -89,7 +91,15 @@ def _rows_of(folder: Path, table: Path) -> Mapping[bytes, Any]:
             continue
         sizes = [row[name] or 0 for name in _SIZES]
         span = images[row["key"]] if came else (0, 0)
-        found[_key(row["url"])] = [row["status"], row["error_message"], sizes, row["sha256"], table.stem, span]
+        found[_key(row["url"])] = [
+            row["status"],
+            row["error_message"],
+            sizes,
+            row["sha256"],
+            row["exif"],
+            table.stem,
+            span,
+        ]
     return found
 
 

@@ -45,6 +45,7 @@ Size = tuple[int, int]
 Encoder = Callable[[Tensor], Tensor]
 """Makes latents, N x 4 x h x w, of pixels, N x H x W x 3 in uint8. It need not wait for its device."""
 _NOT_FINITE = "the latent is not finite"
+_MOST_PIXELS = 2**27  # of a resized image: 400 MB. A strip of one pixel would fill the memory.
 _IN_COLUMNS = ("key", "caption", "url", "sha256")
 
 
@@ -363,7 +364,10 @@ def prepare(place: Place, config: EncodeConfig, known: EarlierLatents | None = N
         return Prepared(row | {"error": str(error)}, None)
     except Exception:  # Pillow's decoders raise anything on broken bytes
         return Prepared(row | {"error": "cannot be decoded"}, None)
-    crop, fitted = fit(image, row["identity"], config)
+    try:
+        crop, fitted = fit(image, row["identity"], config)
+    except UnusableError as error:
+        return Prepared(row | {"error": str(error)}, None)
     height, width = sample.recorded_size or (image.height, image.width)
     row |= {
         "bucket_height": crop.bucket[0],
@@ -402,11 +406,14 @@ def fit(image: Image.Image, identity: str, config: EncodeConfig) -> tuple[Crop, 
     """Resize an image to cover its bucket and crop it. Return the crop, and the image of the bucket's size.
 
     The random crop and flip are a function of the seed and the sample's identity, wherever it stands in the list.
+    Raises UnusableError for an image that is far longer than its bucket.
     """
     random = np.random.default_rng((config.seed, *identity.encode()))
     height, width = bucket = nearest_bucket(image.height / image.width, config.buckets)
     scale = max(height / image.height, width / image.width)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if size[0] * size[1] > _MOST_PIXELS:
+        raise UnusableError("too long for its bucket")
     if size != image.size:
         image = image.resize(size, Image.Resampling.LANCZOS)
     spare_height, spare_width = size[1] - height, size[0] - width

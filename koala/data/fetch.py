@@ -94,16 +94,30 @@ class Fetcher:
         allow = self._allow if f"{first.hostname}:{first.port}" in self._allow else ()
         for _ in range(REDIRECTS + 1):
             parts = _split(url)
-            with self._host(parts.hostname).turn(deadline):
+            with self._turn(parts.hostname, deadline):
                 location, body = self._request(parts, deadline, allow)
             if location is None:
                 return body
-            url = urljoin(url, location)
+            try:
+                url = urljoin(url, location)
+            except ValueError:  # brackets that hold no address
+                raise _FinalError("no web address") from None
         raise _FinalError("too many redirects")
 
-    def _host(self, name: str) -> "_Host":
+    @contextmanager
+    def _turn(self, name: str, deadline: float) -> Iterator[None]:
+        """Wait for a host's turn. A host is forgotten when nobody asks it: a list can name millions."""
         with self._lock:
-            return self._hosts.setdefault(name, _Host(self._config.per_host))
+            host = self._hosts.setdefault(name, _Host(self._config.per_host))
+            host.guests += 1
+        try:
+            with host.turn(deadline):
+                yield
+        finally:
+            with self._lock:
+                host.guests -= 1
+                if not host.guests and not host.pauses:
+                    del self._hosts[name]
 
     def _request(self, parts: "_Parts", deadline: float, allow: Collection[str]) -> tuple[str | None, bytes]:
         """Return where a redirect leads, or None and the body."""
@@ -143,28 +157,23 @@ class Fetcher:
         left = deadline - time.monotonic()
         if left <= 0:
             raise _PassingError("deadline")
-        late = threading.Event()
-        timeout = min(self._config.timeout, left)
-        opening = partial(connect, parts.hostname, parts.port, timeout, allow, self._resolver)
+        opening = partial(
+            connect, parts.hostname, parts.port, self._config.timeout, deadline, allowed=allow, resolver=self._resolver
+        )
         connection = _Connection(opening, parts, self._tls)
-
-        def shut() -> None:
-            late.set()
-            connection.shut()
-
-        timer = threading.Timer(left, shut)
+        timer = threading.Timer(left, connection.shut)
         timer.daemon = True
         timer.start()
         try:
             yield connection
         except (OSError, ValueError, http.client.HTTPException, _PassingError):
-            if late.is_set():
+            if time.monotonic() >= deadline:
                 raise _PassingError("deadline") from None
             raise
         finally:
             timer.cancel()
             connection.close()
-        if late.is_set():  # an end that was shut reads like an end
+        if time.monotonic() >= deadline:  # an end that was shut reads like an end
             raise _PassingError("deadline")
 
     def _pause(self, host: str, answer: http.client.HTTPResponse) -> None:
@@ -174,7 +183,7 @@ class Fetcher:
             return
         if seconds > _LONGEST_PAUSE:
             raise _FinalError(f"status {answer.status}")
-        self._host(host).not_before(time.monotonic() + seconds)
+        self._hosts[host].not_before(time.monotonic() + seconds)
 
     @cached_property
     def _headers(self) -> dict[str, str]:
@@ -194,6 +203,7 @@ class _Connection(http.client.HTTPConnection):
         self._open_socket = open_socket
         self._tls = tls if parts.scheme == "https" else None
         self._opened: socket.socket | None = None  # a response takes `sock` away
+        self._shut = False
 
     def connect(self) -> None:
         """Open the socket; TLS is for the host's name, not for the address that was checked."""
@@ -201,10 +211,14 @@ class _Connection(http.client.HTTPConnection):
         if self._tls:
             secured = self._tls.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
             self.sock = self._opened = secured
-            secured.do_handshake()
+            if not self._shut:
+                secured.do_handshake()
+        if self._shut:  # before there was anything to shut
+            raise TimeoutError
 
     def shut(self) -> None:
-        """End every read and write."""
+        """End every read and write, also of a connection that is not open yet."""
+        self._shut = True
         if self._opened:
             with contextlib.suppress(OSError):
                 self._opened.shutdown(socket.SHUT_RDWR)
@@ -216,6 +230,13 @@ class _Host:
     def __init__(self, at_once: int) -> None:
         self._slots = threading.BoundedSemaphore(at_once)
         self._not_before = 0.0
+        self.guests = 0
+        """Requests that wait or are under way."""
+
+    @property
+    def pauses(self) -> bool:
+        """Return whether it may not be asked now."""
+        return time.monotonic() < self._not_before
 
     @contextmanager
     def turn(self, deadline: float) -> Iterator[None]:
@@ -281,7 +302,8 @@ def quoted(url: str) -> str | None:
         host = host if ":" in host else host.encode("idna").decode()
     except ValueError:  # UnicodeError is one
         return None
-    if parts.scheme not in ("http", "https") or not host or any(map(_is_control, url.strip())):
+    # A bracket is part of no host, but IDNA makes one of a wide bracket.
+    if parts.scheme not in ("http", "https") or not host or {*host} & {*"[]"} or any(map(_is_control, url.strip())):
         return None
     safe = "/%:@!$&'()*+,;=~-._"
     place = f"[{host}]" if ":" in host else host
@@ -297,11 +319,11 @@ def retry_after(value: str | None) -> float | None:
     """Return the seconds of a Retry-After header, a number or a date (RFC 9110, 10.2.3); None where it says none."""
     if not value:
         return None
-    if value.strip().isdigit():
-        return float(value)
     try:
+        if value.strip().isdigit():
+            return float(value)
         return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
@@ -336,7 +358,10 @@ def _is_reserved(robots: str) -> bool:
 
 
 def _plain(body: bytes, encoding: str | None, limit: int) -> bytes:
-    """Undo a compression that was not asked for. Raises _FinalError where it gives more than `limit` bytes, or is none."""
+    """Undo a compression that was not asked for.
+
+    Raises _FinalError where it gives more than `limit` bytes, or is none; _PassingError where it is cut off.
+    """
     if (encoding or "identity").strip().lower() not in ("gzip", "x-gzip", "deflate"):
         return body
     decompressor = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, by its header
@@ -346,6 +371,8 @@ def _plain(body: bytes, encoding: str | None, limit: int) -> bytes:
         raise _FinalError("no HTTP") from None
     if decompressor.unconsumed_tail:
         raise _FinalError("too many bytes")
+    if not decompressor.eof:
+        raise _PassingError("cut off")
     return plain
 
 

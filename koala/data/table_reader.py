@@ -6,6 +6,7 @@ a longer file: parquet is read by pyarrow, page by page, since Polars reads row 
 Polars some megabytes at a time, since it would map the whole file.
 """
 
+import codecs
 import glob
 import gzip
 import io
@@ -164,6 +165,8 @@ def _lines(file: Path) -> Iterator[bytes]:
     """Yield whole lines of a file, some megabytes at a time."""
     rest = b""
     with _opened(file) as stream:
+        if (mark := stream.read(3)) != codecs.BOM_UTF8:
+            rest = mark
         while block := stream.read(LINES):
             lines, _, rest = (rest + block).rpartition(b"\n")
             if lines.strip():
@@ -215,4 +218,7 @@ def _document(file: Path) -> list[dict[str, Any]] | None:
 
 
 def _text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value)
+    if value is None:
+        return None
+    # Half of a surrogate pair, as a text that was cut may end, is no Unicode.
+    return value.encode(errors="replace").decode() if isinstance(value, str) else json.dumps(value)

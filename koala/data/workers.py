@@ -153,7 +153,7 @@ class Writer:
         if self._full.error:
             return
         if image is not None and (held := self._held.get(meta["url"])):
-            meta["sha256"] = held.sha256
+            meta |= {"sha256": held.sha256, "exif": held.exif}
         start = self._waiting.tell()
         with self._full.noted():
             self._waiting.write(image or b"")

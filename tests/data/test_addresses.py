@@ -1,6 +1,7 @@
 """Which addresses are public, and where a connection goes."""
 
 import socket
+import time
 
 import pytest
 
@@ -106,3 +107,15 @@ def test_of_mixed_answers_only_public_ones_are_tried(monkeypatch: pytest.MonkeyP
     with pytest.raises(ConnectionRefusedError):
         connect("mixed.example", 80, 1, resolver=lambda *_: ["10.0.0.1", "1.1.1.1", "::1", "8.8.8.8"])
     assert tried == ["1.1.1.1", "8.8.8.8"]
+
+
+def test_many_addresses_that_do_not_answer_take_no_longer_than_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(address: tuple[str, int], timeout: float) -> None:
+        time.sleep(timeout)
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "create_connection", silent)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        connect("slow.example", 80, 0.2, began + 0.5, resolver=lambda *_: ["8.8.8.8"] * 20)
+    assert time.monotonic() - began < 2

@@ -1,6 +1,7 @@
 """img2dataset against a real server with real faults, with real processes that are really killed."""
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -323,6 +324,15 @@ def test_a_cluster_makes_the_same_shards_and_a_lost_worker_costs_a_retry(
 # A list that has changed.
 
 
+def photograph(number: int) -> bytes:
+    """A picture with EXIF data, as cameras write it."""
+    exif, content = Image.Exif(), io.BytesIO()
+    exif[0x010F] = f"camera {number}"
+    with Image.open(io.BytesIO(jpeg(1, number))) as image:
+        image.save(content, "JPEG", exif=exif)
+    return content.getvalue()
+
+
 @pytest.fixture
 def counting() -> Iterator[SimpleNamespace]:
     """A server that counts requests: good images, broken and missing ones, and hosts that are not up today."""
@@ -332,7 +342,7 @@ def counting() -> Iterator[SimpleNamespace]:
         def do_GET(self) -> None:
             asked.append(self.path)
             _, kind, name = self.path.split("/")
-            body = b"no picture" if kind == "broken" else jpeg(1, int(name.partition(".")[0]))
+            body = b"no picture" if kind == "broken" else photograph(int(name.partition(".")[0]))
             self.send_response({"missing": 404, "down": 503}.get(kind, 200))
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -380,7 +390,8 @@ def test_of_a_changed_list_only_new_urls_are_asked_for(
     samples = {sample.meta["url"]: sample for sample in read_shards(out)}
     assert samples[old[8]].caption == "caption 8 é"
     assert samples[old[4]].caption == "caption 5 é"
-    assert samples[old[4]].meta["sha256"] == hashlib.sha256(jpeg(1, 4)).hexdigest()
+    assert samples[old[4]].meta["sha256"] == hashlib.sha256(photograph(4)).hexdigest()
+    assert "camera 4" in samples[old[4]].meta["exif"]
 
 
 # The sidecar.

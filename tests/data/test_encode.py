@@ -292,6 +292,17 @@ def test_a_shard_that_was_damaged_is_encoded_anew(teacher: Path, out: Path, reco
     )
 
 
+def test_a_manifest_of_the_last_run_that_is_broken_stops_nobody(teacher: Path, out: Path, capsys: Any) -> None:
+    kept = of_list(Path("old"), [0, 1])
+    Path("before").mkdir()
+    stage.encode(CONFIG, kept, teacher, Path("before"), NoRun())
+    Path("before", "manifest.json").write_text("{")
+    offer(out, Path("before"))
+    stage.encode(CONFIG, kept, teacher, out, NoRun())
+    assert len(LatentSet(out)) == 2
+    assert "nothing is taken over from the last run" in capsys.readouterr().err
+
+
 # Shards that a user made.
 
 
@@ -330,6 +341,7 @@ BAD = {
     "nothing": (b"", "no image"),
     "cut": (png((32, 32), (9, 9, 9))[:60], "cannot be decoded"),
     "too large": (png((6000, 5000), (0, 0, 0)), "too many pixels"),
+    "a strip": (png((200_000, 1), (0, 0, 0)), "too long for its bucket"),
 }
 
 
@@ -347,9 +359,9 @@ def test_a_bad_image_is_one_counted_row(teacher: Path, out: Path, recorder: Any,
     }
     assert {key: row["error"] for key, row in rows.items()} == wanted
     assert len(LatentSet(out)) == recorder.logged["samples"] == 1
-    assert recorder.logged["failed"] == 5
+    assert recorder.logged["failed"] == 6
     assert json.loads((out / "stats.json").read_text())["errors"]["no image"] == 2
-    assert "encode: 5 images could not be encoded: no image (2)" in capsys.readouterr().err
+    assert "encode: 6 images could not be encoded: no image (2)" in capsys.readouterr().err
 
 
 def test_where_no_image_can_be_encoded_the_stage_stops(teacher: Path, out: Path) -> None:

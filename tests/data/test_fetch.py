@@ -1,11 +1,13 @@
 """The fetcher against a real server with the faults of the real web."""
 
 import email.utils
+import gc
 import gzip
 import socket
 import ssl
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -151,6 +153,20 @@ FAULTS: list[tuple[str, Answer, str | None, int]] = [
     ("in a circle", redirect("/in a circle/x"), "too many redirects", 6),
     ("to a file", redirect("file:///etc/passwd"), "no web address", 1),
     ("to ftp", redirect("ftp://example.com/a.png"), "no web address", 1),
+    ("to broken brackets", redirect("http://[::1"), "no web address", 1),
+    ("to no address in brackets", redirect("//[x]/a.png"), "no web address", 1),
+    (
+        "to a host with a slash",
+        raw("HTTP/1.1 302 Found\r\nLocation: http://a\u2100b/\r\nContent-Length: 0\r\n\r\n".encode()),
+        "no web address",
+        1,
+    ),
+    (
+        "a pause until no date",
+        lambda handler: handler.send(status=503, Retry_After=f"Mon, 01 Jan 2024 00:00:00 +{'9' * 20}"),
+        "status 503",
+        2,
+    ),
     ("to this machine", redirect("http://127.0.0.1:1/"), "address refused", 1),
     ("to localhost", redirect("http://localhost/x.png"), "address refused", 1),
     ("to metadata", redirect("http://169.254.169.254/latest/meta-data/"), "address refused", 1),
@@ -174,6 +190,7 @@ FAULTS: list[tuple[str, Answer, str | None, int]] = [
     ("two for another", opted_out(X_Robots_Tag="otherbot: noai, noindex"), None, 1),
     ("after a directive with a value", opted_out(X_Robots_Tag="max-snippet: 5, noai"), "opted out of AI training", 1),
     ("gzip", lambda handler: handler.send(gzip.compress(IMAGE), Content_Encoding="gzip"), None, 1),
+    ("gzip cut off", lambda handler: handler.send(gzip.compress(IMAGE)[:100], Content_Encoding="gzip"), "cut off", 2),
     ("no gzip", lambda handler: handler.send(IMAGE, Content_Encoding="gzip"), "no HTTP", 1),
     (
         "a bomb",
@@ -246,6 +263,32 @@ def test_redirects_share_one_deadline(server: Server) -> None:
     assert found == (None, "deadline")
 
 
+def test_the_deadline_holds_where_it_passes_before_there_is_a_connection(server: Server) -> None:
+    server.answers["drops"] = dripping_body
+
+    def slow(host: str, port: int) -> list[str]:
+        time.sleep(0.6)
+        return [host]
+
+    one = Fetcher(FetchConfig(timeout=5, deadline=0.5, retries=0), (server.place,), slow)
+    began = time.monotonic()
+    assert one.fetch(f"http://{server.place}/drops/x.png") == (None, "deadline")
+    assert time.monotonic() - began < 3
+
+
+def test_a_host_that_nobody_asks_any_more_takes_no_memory() -> None:
+    one = Fetcher(FetchConfig(retries=0), resolver=lambda *_: ["127.0.0.1"])
+    one.fetch("http://first.example/x.png")
+    tracemalloc.start()
+    try:
+        for number in range(500):
+            assert one.fetch(f"http://{number}.example/x.png") == (None, "address refused")
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 200_000
+    finally:
+        tracemalloc.stop()
+
+
 # Who asks, and how.
 
 
@@ -283,6 +326,7 @@ def test_every_request_says_who_asks(server: Server) -> None:
         ("http://[::1/x", None),
         ("http://a.example/x\r\nHost: b.example", None),
         ("http://a..example/x", None),
+        ("http://\uff3ba.example/x", None),
         (f"http://{'a' * 64}.example/x", None),
         ("", None),
     ],
@@ -324,7 +368,8 @@ def test_a_pause_is_a_number_or_a_date() -> None:
     assert retry_after("120") == 120
     assert retry_after(email.utils.formatdate(time.time() + 90, usegmt=True)) == pytest.approx(90, abs=2)
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert [retry_after(value) for value in (None, "", "soon", "-1")] == [None] * 4
+    assert [retry_after(value) for value in (None, "", "soon", "-1", "\u00b2")] == [None] * 5
+    assert retry_after(f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT") is None
 
 
 def test_no_other_sites_redirect_leads_to_a_server_of_ours(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,6 +221,22 @@ def test_json_in_one_line(out: Path, recorder: Any, document: str) -> None:
     ]
 
 
+def test_json_lines_may_begin_with_a_byte_order_mark(out: Path, recorder: Any) -> None:
+    """As CSV may, and as editors on Windows write it."""
+    Path("t.jsonl").write_text(
+        '\ufeff{"url": "https://a.com/1.jpg", "caption": "a"}\n{"url": "https://a.com/2.jpg", "caption": "b"}\n'
+    )
+    assert make(out, recorder, kind="file", location="t.jsonl")["caption"].to_pylist() == ["a", "b"]
+
+
+def test_half_a_surrogate_pair_refuses_no_document(out: Path, recorder: Any) -> None:
+    """A caption that was cut in the middle of an emoji."""
+    Path("t.json").write_text(
+        '[{"url": "https://a.com/1.jpg", "caption": "a \\ud83d"},\n{"url": "https://a.com/2.jpg", "caption": "b"}]'
+    )
+    assert make(out, recorder, kind="file", location="t.json")["caption"].to_pylist() == ["a ?", "b"]
+
+
 @pytest.mark.parametrize("rows", [100, 20_000])
 @pytest.mark.parametrize("name", ["t.csv.gz", "t.csv.zst", "t.jsonl.gz", "t.jsonl.zst", "t.json.gz", "t.parquet"])
 def test_half_a_file_is_one_line_and_no_table(out: Path, recorder: Any, name: str, rows: int) -> None:
