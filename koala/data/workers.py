@@ -201,7 +201,10 @@ def _fetch(
         return (key, None, known.cause) if known.status == "failed_to_download" else (key, _Known(known), None)
     if full.error:
         return key, None, str(full.error)
-    content, cause = fetcher.fetch(url)
+    try:
+        content, cause = fetcher.fetch(url)
+    except Exception as error:  # nothing is known to raise; img2dataset would wait for this row for ever
+        return key, None, f"{type(error).__name__} while it was fetched"
     return key, None if content is None else io.BytesIO(content), cause
 
 

@@ -536,3 +536,17 @@ def test_a_worker_that_was_lost_is_noticed(tmp_path: Path, monkeypatch: pytest.M
 def test_png_takes_a_compression() -> None:
     with pytest.raises(ValidationError, match="encode_quality of png"):
         config(encode_quality=95)
+
+
+def test_an_error_that_nobody_foresaw_is_the_outcome_of_its_url() -> None:
+    """In a thread of img2dataset it would leave the whole shard waiting for this row."""
+    from koala.data import workers
+    from koala.data.fetch import is_final
+
+    class Broken:
+        def fetch(self, url: str) -> None:
+            raise RecursionError(url)
+
+    key, stream, cause = workers._fetch(Broken(), {}, workers.FullDisk(), (7, "http://example.org/a.png"))
+    assert (key, stream, cause) == (7, None, "RecursionError while it was fetched")
+    assert not is_final(cause)
