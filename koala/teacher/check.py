@@ -4,10 +4,14 @@ Distillation compares noise or velocity (Salimans and Ho 2022, appendix D) at th
 Another parametrisation would load without an error and train a student that is wrong.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 from koala.errors import KoalaError
+from koala.teacher.config import SAFETENSORS
+from koala.teacher.embedded import empty_model
 from koala.teacher.layout import MODELS, is_index, read_index
+from koala.teacher.original import places
 from koala.teacher.shape import read_json
 from koala.unet.blocks import teacher_stages
 
@@ -85,12 +89,51 @@ def _check_unet(folder: Path, origin: str, latent_channels: int) -> None:
 
 
 def check_weights(folder: Path, origin: str) -> None:
-    """Raise KoalaError if a part has no weights in `folder`, or lacks one of its shards."""
+    """Raise KoalaError if a part in `folder` has no weights, or lacks a shard or a tensor that its configuration asks for.
+
+    diffusers and transformers would go on with random numbers in place of a tensor, of which no later stage knows.
+    """
     for part in MODELS:
         files = sorted(file.name for file in (folder / part).iterdir())
-        if not any(file.endswith(".safetensors") for file in files):
+        if not any(file.endswith(SAFETENSORS) for file in files):
             raise KoalaError(f"{origin}: {part} has no safetensors: give a pipeline with all of its weights")
         for index in filter(is_index, files):
             shards = set(read_json(folder / part / index)["weight_map"].values())
             if missing := shards.difference(files):
                 raise KoalaError(f"{origin}: {part} lacks {min(missing)}, which its {index} names: fetch it again")
+        _check_tensors(folder / part, part, origin)
+
+
+def _check_tensors(folder: Path, part: str, origin: str) -> None:
+    """Raise KoalaError where the weights in a part's folder lack a tensor of its model, under whatever names diffusers reads."""
+    config = read_json(folder / "config.json")
+    try:
+        place, wanted = places(part, config), empty_model(part, config).state_dict()
+    except KoalaError:
+        raise
+    except Exception as error:  # diffusers and transformers check little of a configuration
+        reason = " ".join(str(error).split())[:160]
+        raise KoalaError(f"{origin}: the config.json of its {part} gives no model ({reason}): restore it") from None
+    there = set()
+    for file in folder.glob(f"*{SAFETENSORS}"):
+        for name in _names(file, origin):
+            with suppress(KeyError):  # a name that this model does not have
+                there.add(place(name))
+    if missing := [name for name in wanted if place(name) not in there]:
+        raise KoalaError(
+            f"{origin}: the weights of its {part} lack {len(missing)} of {len(wanted)} tensors, such as {min(missing)}: "
+            "give weights under diffusers' names, whole"
+        )
+
+
+def _names(file: Path, origin: str) -> list[str]:
+    """Return the names of the tensors in a file, which is read no further."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as tensors:
+            return list(tensors.keys())
+    except (OSError, SafetensorError) as error:
+        raise KoalaError(
+            f"{origin}: {file.parent.name}/{file.name} is not a safetensors file ({error}): fetch it again"
+        ) from None

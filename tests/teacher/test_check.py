@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from koala.errors import KoalaError
 from koala.run import NoRun
@@ -169,3 +170,47 @@ def test_pickles_are_refused_and_missing_weights_named(pipeline: Path, part: str
     assert f"{part} is there only as a pickle, which koala never opens: convert it to safetensors" in refusal(pipeline)
     (pipeline / part / "pytorch_model.bin").unlink()
     assert f"{part} has no {file}" in refusal(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("part", "file"),
+    [
+        ("unet", "diffusion_pytorch_model.safetensors"),
+        ("vae", "diffusion_pytorch_model.safetensors"),
+        ("text_encoder", "model.safetensors"),
+        ("text_encoder_2", "model.safetensors"),
+    ],
+)
+def test_weights_that_lack_tensors_are_refused(pipeline: Path, part: str, file: str) -> None:
+    """diffusers and transformers put random numbers in their place."""
+    weights = pipeline / part / file
+    tensors = load_file(weights)
+    # A VAE in its original layout has such names. All of its tensors are missing then.
+    save_file({f"first_stage_model.{name}": tensor for name, tensor in tensors.items()}, weights)
+    assert f"the weights of its {part} lack " in refusal(pipeline)
+    one = min(tensors)
+    save_file({name: tensor for name, tensor in tensors.items() if name != one}, weights)
+    said = refusal(pipeline)
+    assert f"the weights of its {part} lack 1 of {len(tensors)} tensors, such as " in said
+    assert one.removeprefix("text_model.") in said
+
+
+def test_a_vae_under_the_names_of_early_diffusers_is_whole(pipeline: Path, tmp_path: Path) -> None:
+    weights = pipeline / "vae/diffusion_pytorch_model.safetensors"
+    early = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, tensor in load_file(weights).items():
+        for new, old in early.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+        renamed[name] = tensor
+    assert "encoder.mid_block.attentions.0.query.weight" in renamed
+    save_file(renamed, weights)
+    (tmp_path / "out").mkdir()
+    teacher(FolderTeacher(path=pipeline), out=tmp_path / "out", run=NoRun())
+    assert (tmp_path / "out/model_index.json").is_file()
+
+
+def test_weights_that_are_cut_off_are_refused(pipeline: Path) -> None:
+    weights = pipeline / "vae/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "vae/diffusion_pytorch_model.safetensors is not a safetensors file" in refusal(pipeline)
