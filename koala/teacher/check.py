@@ -6,6 +6,7 @@ Another parametrisation would load without an error and train a student that is 
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from koala.errors import KoalaError
 from koala.teacher.config import SAFETENSORS
@@ -53,6 +54,21 @@ def _check_scheduler(folder: Path, origin: str, kind: str) -> None:
             "says nothing of the image: set `scheduler: {rescale_betas_zero_snr: false}`, or "
             "`{prediction_type: v_prediction}` if it is trained so"
         )
+    _try_scheduler(config, origin, kind)
+
+
+def _try_scheduler(config: dict[str, Any], origin: str, kind: str) -> None:
+    """Raise KoalaError where diffusers cannot sample by a scheduler of this configuration, or add noise by its betas."""
+    import diffusers
+
+    try:
+        diffusers.DDPMScheduler.from_config(config)  # of distillation
+        getattr(diffusers, kind).from_config(config).set_timesteps(4)
+    except Exception as error:  # a class that is none, a library that is not installed, values of any kind
+        reason = " ".join(str(error).split())[:160]
+        raise KoalaError(
+            f"{origin}: its scheduler, {kind}, cannot be used ({reason}): correct it, or give other values under `scheduler`"
+        ) from None
 
 
 def _check_unet(folder: Path, origin: str, latent_channels: int) -> None:
@@ -63,6 +79,8 @@ def _check_unet(folder: Path, origin: str, latent_channels: int) -> None:
         raise KoalaError(f"{origin}: {error}") from None
     except KeyError as error:
         raise KoalaError(f"{origin}: its U-Net's config.json has no {error}: restore it") from None
+    except (TypeError, IndexError) as error:
+        raise KoalaError(f"{origin}: its U-Net's config.json gives no U-Net ({error}): restore it") from None
     if config.get("addition_embed_type") != "text_time":
         raise KoalaError(
             f"{origin}: its U-Net's addition_embed_type is {config.get('addition_embed_type')}, where SDXL's is text_time: "

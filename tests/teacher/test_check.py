@@ -71,6 +71,27 @@ def test_schedulers_of_another_class_are_refused(pipeline: Path, scheduler: dict
 
 
 @pytest.mark.parametrize(
+    ("kind", "changes", "line"),
+    [
+        ("HeunDiscreteScheduler", {"beta_schedule": "exp"}, "exp is not implemented"),
+        ("DPMSolverSDEScheduler", {}, "requires the torchsde library"),
+        ("ASchedulerOfTheirOwn", {}, "ASchedulerOfTheirOwn"),
+        ("EulerDiscreteScheduler", {"timestep_spacing": "trialing"}, "trialing is not supported"),
+        ("EulerDiscreteScheduler", {"num_train_timesteps": "1000"}, "linspace"),
+    ],
+)
+def test_schedulers_that_cannot_be_used_are_refused(
+    pipeline: Path, kind: str, changes: dict[str, Any], line: str
+) -> None:
+    """They would fail hours later: where training starts, or where images are generated."""
+    edit(pipeline / "model_index.json", scheduler=["diffusers", kind])
+    edit(pipeline / "scheduler/scheduler_config.json", _class_name=kind, **changes)
+    said = refusal(pipeline)
+    assert f"its scheduler, {kind}, cannot be used (" in said
+    assert line in said
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"prediction_type": "v_prediction"},
@@ -111,6 +132,7 @@ def test_a_vae_with_statistics_of_each_channel_is_refused(pipeline: Path, name: 
         ({"in_channels": 9}, "takes 9 channels, gives 4, and its VAE's latents have 4 (an inpainting model?)"),
         ({"cross_attention_dim": 32}, "attends to 32 numbers a token, where both text encoders give 64 (a refiner?)"),
         ({"down_block_types": None}, "its U-Net's config.json has no 'down_block_types'"),
+        ({"layers_per_block": "null"}, "its U-Net's config.json gives no U-Net"),
     ],
 )
 def test_unets_of_another_shape_are_refused(pipeline: Path, changes: dict[str, Any], line: str) -> None:
