@@ -35,6 +35,7 @@ from prefect.input import RunInput
 from prefect.runtime import flow_run as current
 from prefect.states import Completed, Failed
 
+from flows.report import artifact_key
 from flows.server import require_server
 from flows.services import ServiceError
 from koala import tracking
@@ -92,7 +93,7 @@ def _ask(student: str, version: str, verdict: dict[str, Any]) -> Answer:
 def _show(student: str, version: str, folder: Path) -> None:
     """Make artifacts of the verdicts and of the images, whose keys stay the same from run to run."""
     create_markdown_artifact(
-        key=f"{student}-promotion",
+        key=artifact_key(student, "promotion"),
         description=f"{student} {version} by the rules of the gate, and beside the version that stands",
         markdown=(folder / "verdicts.md").read_text(),
     )
@@ -103,7 +104,7 @@ def _show(student: str, version: str, folder: Path) -> None:
         for file in (grid, folder / "verdicts.md", folder / "verdict.json"):
             run.artifact(file)
     create_image_artifact(
-        key=f"{student}-promotion-grid",
+        key=artifact_key(student, "promotion-grid"),
         description="The same prompts and seeds: the version that stands, and the one to promote",
         image_url=tracking.artifact_address(run.id, grid.name),
     )
@@ -173,11 +174,16 @@ def main() -> int:
     choice.add_argument("--yes", action="store_true", help="let the version stand")
     choice.add_argument("--no", action="store_true", help="leave the one that stands")
     parser.add_argument("--because", default="", help="why")
-    parser.add_argument("--by", default=getpass.getuser(), help="who says so; left out: the account's name")
+    parser.add_argument("--by", help="who says so; left out: the account's name")
     arguments = parser.parse_args()
     try:
+        by = arguments.by or getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have none
+        say("promote: this account has no name: give yours, `--by NAME`")
+        return 2
+    try:
         require_server()
-        answered = answer(arguments.student, arguments.yes, arguments.by, arguments.because, arguments.version)
+        answered = answer(arguments.student, arguments.yes, by, arguments.because, arguments.version)
     except ServiceError as error:
         say(f"promote: {error}")
         return 2

@@ -1,6 +1,7 @@
 """What a flow run leaves for people to see: Prefect's artifacts, MLflow's headline figures, the last lines on the console."""
 
 import json
+import re
 from pathlib import Path
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
@@ -21,6 +22,11 @@ def headline(metrics: Path) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
 
 
+def artifact_key(student: str, what: str) -> str:
+    """Return the key of a student's artifact. Prefect takes small letters, digits and dashes alone."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{student}-{what}".lower())
+
+
 def make_artifacts(student: str, stages: list[Stage], run: tracking.StageRun) -> None:
     """Make the summary, the image grid, and links to the report, to the release and to the MLflow run.
 
@@ -34,30 +40,30 @@ def make_artifacts(student: str, stages: list[Stage], run: tracking.StageRun) ->
     for name in (Path("summary.md"), GRID, REPORT):
         run.artifact(evaluation / name)
     create_markdown_artifact(
-        key=f"{student}-summary",
+        key=artifact_key(student, "summary"),
         description=f"{student} beside its teacher and beside itself before distillation",
         markdown=(evaluation / "summary.md").read_text(),
     )
     # Prefect shows an image by its address, and MLflow gives one to each file of a run.
     create_image_artifact(
-        key=f"{student}-grid",
+        key=artifact_key(student, "grid"),
         description="The same prompts and seeds: the teacher, the student before distillation, the student after",
         image_url=tracking.artifact_address(run.id, GRID.name),
     )
     create_link_artifact(
-        key=f"{student}-report",
+        key=artifact_key(student, "report"),
         description="Figures with their intervals, the best and the worst prompts, images, curves",
         link=tracking.artifact_address(run.id, REPORT.name),
         link_text="Report",
     )
     create_link_artifact(
-        key=f"{student}-mlflow",
+        key=artifact_key(student, "mlflow"),
         description="Parameters, metrics and images of every stage",
         link=tracking.run_page(run.id),
         link_text="MLflow run",
     )
     create_link_artifact(
-        key=f"{student}-release",
+        key=artifact_key(student, "release"),
         description="The release folder, on the machine that ran the flow",
         link=release.resolve().as_uri(),
         link_text=str(release),

@@ -7,12 +7,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 
 class Config(BaseModel):
-    """A frozen section of params.yaml. An unknown key is refused; lists become tuples.
+    """A frozen section of params.yaml. An unknown key is refused, as is a number that is none; lists become tuples.
 
     Each field is explained by the string below it, which `koala params --schema` exports.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     untracked: ClassVar[frozenset[str]] = frozenset({"machine"})
     """Fields that do not decide what a stage makes: a change of them neither reruns nor restarts it."""
@@ -39,6 +39,9 @@ class Config(BaseModel):
 def _tagged(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
+    for kind, options in value.items():
+        if options is not None and not isinstance(options, Mapping):
+            raise ValueError(f"the options of {kind} must be a mapping, not {options!r}")
     return [{"kind": kind, **(options or {})} for kind, options in value.items()]
 
 

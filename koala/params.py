@@ -83,6 +83,10 @@ MACHINE = "KOALA_MACHINE"
 """Environment variable that names the machine in place of params.yaml, so that each worker pool has its own."""
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""A name of folders, of stages and of models in the registry, where `/`, `@` and spaces mean something else."""
+
+
 class _TinyTeacher(TinyTeacher):
     images: Shapes
     """Captioned images that it is trained on."""
@@ -272,11 +276,11 @@ class Document(Config):
     """The machine that they run on: how it is computed. KOALA_MACHINE in the environment takes its place."""
     watch: WatchConfig = WatchConfig()
     """When the flow `watch` retrains, apart from a change of the source."""
-    students: dict[str, Student]
+    students: dict[Name, Student]
     """Students by name."""
-    profiles: dict[str, Profile]
+    profiles: dict[Name, Profile]
     """Profiles by name."""
-    machines: dict[str, Machine]
+    machines: dict[Name, Machine]
     """Machines by name."""
 
 
@@ -352,8 +356,9 @@ def load(path: Path = FILE, profile: str | None = None, machine: str | None = No
         document = Document.model_validate(values)
     except ValidationError as error:
         raise KoalaError(_one_line(path, error)) from None
-    name = _chosen(path, "profile", profile or document.profile, document.profiles)
-    host = _chosen(path, "machine", machine or os.environ.get(MACHINE) or document.machine, document.machines)
+    name = _chosen("--profile" if profile else path, "profile", profile or document.profile, document.profiles)
+    by = "--machine" if machine else MACHINE if os.environ.get(MACHINE) else path
+    host = _chosen(by, "machine", machine or os.environ.get(MACHINE) or document.machine, document.machines)
     recipe, chosen = document.profiles[name], document.machines[host]
     for section in Profile.model_fields:
         homes = {
@@ -408,9 +413,9 @@ def _mapping_schema(field: Mapping[str, Any], definitions: Mapping[str, Any]) ->
     }
 
 
-def _chosen(path: Path, what: str, name: str, there_are: Mapping[str, Config]) -> str:
+def _chosen(by: Path | str, what: str, name: str, there_are: Mapping[str, Config]) -> str:
     if name not in there_are:
-        raise KoalaError(f"{path} names the {what} {name!r}: choose one of {', '.join(there_are)}")
+        raise KoalaError(f"{by} names the {what} {name!r}: choose one of {', '.join(there_are)}")
     return name
 
 
@@ -435,14 +440,34 @@ def _check(path: Path, profile: str, name: str, config: DistillConfig, student: 
         feature_pairs(config.features, keep(teacher, student.unet))
     except KoalaError as error:
         raise KoalaError(f"{path}: profiles.{profile}.distill.features: {name}: {error}") from None
+    except (LookupError, TypeError) as error:
+        raise KoalaError(
+            f"{path}: profiles.{profile}.teacher: the config.json of its U-Net gives no U-Net ({error!r}): restore it"
+        ) from None
     launch_settings.check(config)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader that refuses a key that stands twice, as DVC does; by itself it takes the last, unsaid."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        names = set()
+        for key, _ in node.value:
+            if key.value in names:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                names.add(key.value)
+        return node
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise KoalaError(f"there is no {path} here: run koala in the project's folder") from None
+    except UnicodeDecodeError as error:
+        raise KoalaError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as such") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -155,6 +155,19 @@ def test_more_steps_at_a_constant_rate_are_the_same_work(workspace: Path, edit) 
         (lambda d: d.update(profile="demos"), "names the profile 'demos': choose one of demo, sdxl, sdxl-lightning,"),
         (lambda d: d.update(machine="laptop"), "names the machine 'laptop': choose one of 8xgpu-24gb,"),
         (lambda d: d.pop("profiles"), "profiles: field required"),
+        (
+            lambda d: d["profiles"]["smoke"]["filter"].update(rules={"size": 3}),
+            "profiles.smoke.filter.rules: the options of size must be a mapping, not 3",
+        ),
+        (
+            lambda d: d["profiles"]["smoke"]["publish"]["require"][0].update(at_least=float("nan")),
+            "profiles.smoke.publish.require.at_least: input should be a finite number",
+        ),
+        # Names of folders, of stages (`distill@NAME`) and of releases (`NAME@v2`).
+        (lambda d: d["students"].update({"a/b": d["students"]["koala-1b"]}), "students.a/b.[key]: string should match"),
+        (lambda d: d["students"].update({"..": d["students"]["koala-1b"]}), "[key]: string should match"),
+        (lambda d: d["students"].update({"a@v2": d["students"]["koala-1b"]}), "[key]: string should match"),
+        (lambda d: d["profiles"].update({"../x": d["profiles"]["smoke"]}), "[key]: string should match"),
     ],
 )
 def test_what_is_wrong_is_named_in_one_line(edit, break_it: Edit, line: str) -> None:
@@ -246,13 +259,39 @@ def test_sampling_stands_with_the_profile_only(edit, stage: str) -> None:
 
 def test_a_machine_that_the_environment_names_must_be_there(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KOALA_MACHINE", "laptop")
-    with pytest.raises(KoalaError, match="names the machine 'laptop': choose one of 8xgpu-24gb,"):
+    with pytest.raises(KoalaError, match=r"^KOALA_MACHINE names the machine 'laptop': choose one of 8xgpu-24gb,"):
         load()
 
 
 def test_yaml_that_is_none_is_said_with_its_place(workspace: Path) -> None:
     Path("params.yaml").write_text("profile: demo\nprofiles: {demo: [}\n")
     with pytest.raises(KoalaError, match=r"params.yaml is not YAML at line 2, column 19"):
+        load()
+
+
+def test_a_key_that_stands_twice_is_refused_and_one_that_replaces_a_merged_one_is_not(workspace: Path) -> None:
+    file = Path("params.yaml")
+    text = file.read_text()
+    file.write_text(f"{text}profile: demo\n")
+    with pytest.raises(KoalaError, match=r"is not YAML at line .*: 'profile' stands twice"):
+        load()
+    merged = "  one: &one {threads: 1}\n  two: &two {<<: *one, threads: 2}\n  three: {<<: *two, threads: 3}\n"
+    file.write_text(text.replace("machines:\n", f"machines:\n{merged}", 1))
+    assert [load(machine=name).threads for name in ("one", "two", "three")] == [1, 2, 3]
+
+
+def test_params_in_another_encoding_are_one_line(workspace: Path) -> None:
+    Path("params.yaml").write_bytes(Path("params.yaml").read_bytes() + "# \u00e9\n".encode("latin-1"))
+    with pytest.raises(KoalaError, match=r"params\.yaml is not UTF-8 \(.*\): save it as such"):
+        load()
+
+
+def test_a_teacher_without_a_unet_of_any_shape_is_one_line(edit, tmp_path: Path) -> None:
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        (tmp_path / "own" / part).mkdir(parents=True)
+        (tmp_path / "own" / part / "config.json").write_text("{}")
+    edit(lambda d: d["profiles"]["smoke"].update(teacher={"kind": "folder", "path": str(tmp_path / "own")}))
+    with pytest.raises(KoalaError, match=r"profiles\.smoke\.teacher: the config.json of its U-Net gives no U-Net"):
         load()
 
 

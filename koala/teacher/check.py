@@ -4,10 +4,19 @@ Distillation compares noise or velocity (Salimans and Ho 2022, appendix D) at th
 Another parametrisation would load without an error and train a student that is wrong.
 """
 
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from koala.errors import KoalaError
+<<<<<<< HEAD
 from koala.teacher.layout import MODELS, check_vocabularies, is_index, read_index
+=======
+from koala.teacher.config import SAFETENSORS
+from koala.teacher.embedded import empty_model
+from koala.teacher.layout import MODELS, is_index, read_index
+from koala.teacher.original import places
+>>>>>>> h-hunt4
 from koala.teacher.shape import read_json
 from koala.unet.blocks import teacher_stages
 
@@ -47,6 +56,21 @@ def _check_scheduler(folder: Path, origin: str, kind: str) -> None:
             "says nothing of the image: set `scheduler: {rescale_betas_zero_snr: false}`, or "
             "`{prediction_type: v_prediction}` if it is trained so"
         )
+    _try_scheduler(config, origin, kind)
+
+
+def _try_scheduler(config: dict[str, Any], origin: str, kind: str) -> None:
+    """Raise KoalaError where diffusers cannot sample by a scheduler of this configuration, or add noise by its betas."""
+    import diffusers
+
+    try:
+        diffusers.DDPMScheduler.from_config(config)  # of distillation
+        getattr(diffusers, kind).from_config(config).set_timesteps(4)
+    except Exception as error:  # a class that is none, a library that is not installed, values of any kind
+        reason = " ".join(str(error).split())[:160]
+        raise KoalaError(
+            f"{origin}: its scheduler, {kind}, cannot be used ({reason}): correct it, or give other values under `scheduler`"
+        ) from None
 
 
 def _check_unet(folder: Path, origin: str, latent_channels: int) -> None:
@@ -57,6 +81,8 @@ def _check_unet(folder: Path, origin: str, latent_channels: int) -> None:
         raise KoalaError(f"{origin}: {error}") from None
     except KeyError as error:
         raise KoalaError(f"{origin}: its U-Net's config.json has no {error}: restore it") from None
+    except (TypeError, IndexError) as error:
+        raise KoalaError(f"{origin}: its U-Net's config.json gives no U-Net ({error}): restore it") from None
     if config.get("addition_embed_type") != "text_time":
         raise KoalaError(
             f"{origin}: its U-Net's addition_embed_type is {config.get('addition_embed_type')}, where SDXL's is text_time: "
@@ -83,12 +109,51 @@ def _check_unet(folder: Path, origin: str, latent_channels: int) -> None:
 
 
 def check_weights(folder: Path, origin: str) -> None:
-    """Raise KoalaError if a part has no weights in `folder`, or lacks one of its shards."""
+    """Raise KoalaError if a part in `folder` has no weights, or lacks a shard or a tensor that its configuration asks for.
+
+    diffusers and transformers would go on with random numbers in place of a tensor, of which no later stage knows.
+    """
     for part in MODELS:
         files = sorted(file.name for file in (folder / part).iterdir())
-        if not any(file.endswith(".safetensors") for file in files):
+        if not any(file.endswith(SAFETENSORS) for file in files):
             raise KoalaError(f"{origin}: {part} has no safetensors: give a pipeline with all of its weights")
         for index in filter(is_index, files):
             shards = set(read_json(folder / part / index)["weight_map"].values())
             if missing := shards.difference(files):
                 raise KoalaError(f"{origin}: {part} lacks {min(missing)}, which its {index} names: fetch it again")
+        _check_tensors(folder / part, part, origin)
+
+
+def _check_tensors(folder: Path, part: str, origin: str) -> None:
+    """Raise KoalaError where the weights in a part's folder lack a tensor of its model, under whatever names diffusers reads."""
+    config = read_json(folder / "config.json")
+    try:
+        place, wanted = places(part, config), empty_model(part, config).state_dict()
+    except KoalaError:
+        raise
+    except Exception as error:  # diffusers and transformers check little of a configuration
+        reason = " ".join(str(error).split())[:160]
+        raise KoalaError(f"{origin}: the config.json of its {part} gives no model ({reason}): restore it") from None
+    there = set()
+    for file in folder.glob(f"*{SAFETENSORS}"):
+        for name in _names(file, origin):
+            with suppress(KeyError):  # a name that this model does not have
+                there.add(place(name))
+    if missing := [name for name in wanted if place(name) not in there]:
+        raise KoalaError(
+            f"{origin}: the weights of its {part} lack {len(missing)} of {len(wanted)} tensors, such as {min(missing)}: "
+            "give weights under diffusers' names, whole"
+        )
+
+
+def _names(file: Path, origin: str) -> list[str]:
+    """Return the names of the tensors in a file, which is read no further."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as tensors:
+            return list(tensors.keys())
+    except (OSError, SafetensorError) as error:
+        raise KoalaError(
+            f"{origin}: {file.parent.name}/{file.name} is not a safetensors file ({error}): fetch it again"
+        ) from None

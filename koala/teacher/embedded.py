@@ -130,7 +130,7 @@ def load_unet(file: Path, dtype: "torch.dtype") -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    unet = _empty("unet", _mapping(metadata(file)[CONFIGURATIONS], file)[UNET])
+    unet = empty_model("unet", _mapping(metadata(file)[CONFIGURATIONS], file)[UNET])
     try:
         unet.load_state_dict({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, assign=True)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -146,7 +146,7 @@ def load_part(file: Path, part: str, config: Mapping[str, Any], dtype: "torch.dt
     """
     from safetensors import SafetensorError, safe_open
 
-    model = _empty(part, config)
+    model = empty_model(part, config)
     place = places(part, config)
     found: dict[str, torch.Tensor] = {}
     try:
@@ -169,7 +169,7 @@ def load_part(file: Path, part: str, config: Mapping[str, Any], dtype: "torch.dt
     return model.eval()
 
 
-def _empty(part: str, config: Mapping[str, Any]) -> Any:
+def empty_model(part: str, config: Mapping[str, Any]) -> Any:
     """Return the model of a part without memory for its weights."""
     import diffusers
     import transformers

@@ -78,11 +78,11 @@ def _fetch(repository: str, revision: str, files: Iterable[str], cache: Path) ->
 @contextmanager
 def _errors(repository: str) -> Iterator[None]:
     """Raise KoalaError, in one line, if the Hub cannot be reached or does not give the files."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         yield
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
         raise KoalaError(

@@ -4,6 +4,7 @@ Only what model_index.json names is taken: configurations, vocabularies and safe
 has its weights in half precision only (`model.fp16.safetensors`), they get the plain name.
 """
 
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5")
 
 
 def read_index(folder: Path, origin: str) -> dict[str, tuple[str, str]]:
-    """Return library and class of each part that model_index.json names.
+    """Return library and class of each part of SDXL's that model_index.json names.
 
     Raises KoalaError if it lacks a part of SDXL's, or names another class or code of its own.
     """
@@ -51,7 +52,16 @@ def read_index(folder: Path, origin: str) -> dict[str, tuple[str, str]]:
             )
         if name in MODELS and kind != MODELS[name]:
             raise KoalaError(f"{origin}: its {name} is a {kind}: a teacher of SDXL's kind has a {MODELS[name]}")
-    return {name: (str(library), str(kind)) for name, (library, kind) in parts.items()}
+    return {name: (str(library), str(kind)) for name, (library, kind) in parts.items() if name in PARTS}
+
+
+def leave_out_others(model_index: Path) -> None:
+    """Strike the parts that a teacher does not have, such as an image encoder, off a model_index.json: they are not taken."""
+    index = read_json(model_index)
+    others = [name for name, value in index.items() if isinstance(value, list) and name not in PARTS and any(value)]
+    if others:
+        struck = index | {name: [None, None] for name in others}
+        model_index.write_text(json.dumps(struck, indent=2) + "\n")
 
 
 def configurations(files: Iterable[str], parts: Collection[str]) -> dict[str, str]:

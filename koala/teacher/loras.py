@@ -73,6 +73,9 @@ def fuse_into(pipeline: Any, lora: LoraPart) -> list[str]:
     except ValueError as error:
         reason = " ".join(str(error).split())[:160]
         raise KoalaError(f"the LoRA {lora.file} gives weights that are not finite ({reason}): leave it out") from None
+    except RuntimeError as error:  # a bias for a layer that has none
+        reason = " ".join(str(error).split())[:160]
+        raise KoalaError(f"the LoRA {lora.file} cannot be fused ({reason}): leave it out") from None
     pipeline.unload_lora_weights()
     return parts
 

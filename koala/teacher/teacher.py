@@ -26,7 +26,7 @@ from koala.teacher.config import (
     TinyTeacher,
 )
 from koala.teacher.hub import HubSource, place_part
-from koala.teacher.layout import MODEL_INDEX, MODELS
+from koala.teacher.layout import MODEL_INDEX, MODELS, leave_out_others
 from koala.teacher.local import SDXL_REPOSITORY, SDXL_REVISION, FileSource, FolderSource
 from koala.teacher.shape import read_json
 from koala.teacher.source import Source
@@ -84,6 +84,7 @@ def _take(config: PretrainedTeacher, to: Path, state: Path) -> None:
     """Write an existing pipeline into `to`: configurations, checked, then weights, then LoRAs."""
     source, replaced = _source(config, state), config.parts()
     source.configurations(to)
+    leave_out_others(to / MODEL_INDEX)
     for name, part in replaced.items():
         place_part(name, part, to, state / name, ".json")
     if config.scheduler:

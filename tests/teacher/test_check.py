@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from koala.errors import KoalaError
 from koala.run import NoRun
@@ -70,6 +71,27 @@ def test_schedulers_of_another_class_are_refused(pipeline: Path, scheduler: dict
 
 
 @pytest.mark.parametrize(
+    ("kind", "changes", "line"),
+    [
+        ("HeunDiscreteScheduler", {"beta_schedule": "exp"}, "exp is not implemented"),
+        ("DPMSolverSDEScheduler", {}, "requires the torchsde library"),
+        ("ASchedulerOfTheirOwn", {}, "ASchedulerOfTheirOwn"),
+        ("EulerDiscreteScheduler", {"timestep_spacing": "trialing"}, "trialing is not supported"),
+        ("EulerDiscreteScheduler", {"num_train_timesteps": "1000"}, "linspace"),
+    ],
+)
+def test_schedulers_that_cannot_be_used_are_refused(
+    pipeline: Path, kind: str, changes: dict[str, Any], line: str
+) -> None:
+    """They would fail hours later: where training starts, or where images are generated."""
+    edit(pipeline / "model_index.json", scheduler=["diffusers", kind])
+    edit(pipeline / "scheduler/scheduler_config.json", _class_name=kind, **changes)
+    said = refusal(pipeline)
+    assert f"its scheduler, {kind}, cannot be used (" in said
+    assert line in said
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"prediction_type": "v_prediction"},
@@ -110,6 +132,7 @@ def test_a_vae_with_statistics_of_each_channel_is_refused(pipeline: Path, name: 
         ({"in_channels": 9}, "takes 9 channels, gives 4, and its VAE's latents have 4 (an inpainting model?)"),
         ({"cross_attention_dim": 32}, "attends to 32 numbers a token, where both text encoders give 64 (a refiner?)"),
         ({"down_block_types": None}, "its U-Net's config.json has no 'down_block_types'"),
+        ({"layers_per_block": "null"}, "its U-Net's config.json gives no U-Net"),
     ],
 )
 def test_unets_of_another_shape_are_refused(pipeline: Path, changes: dict[str, Any], line: str) -> None:
@@ -169,3 +192,47 @@ def test_pickles_are_refused_and_missing_weights_named(pipeline: Path, part: str
     assert f"{part} is there only as a pickle, which koala never opens: convert it to safetensors" in refusal(pipeline)
     (pipeline / part / "pytorch_model.bin").unlink()
     assert f"{part} has no {file}" in refusal(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("part", "file"),
+    [
+        ("unet", "diffusion_pytorch_model.safetensors"),
+        ("vae", "diffusion_pytorch_model.safetensors"),
+        ("text_encoder", "model.safetensors"),
+        ("text_encoder_2", "model.safetensors"),
+    ],
+)
+def test_weights_that_lack_tensors_are_refused(pipeline: Path, part: str, file: str) -> None:
+    """diffusers and transformers put random numbers in their place."""
+    weights = pipeline / part / file
+    tensors = load_file(weights)
+    # A VAE in its original layout has such names. All of its tensors are missing then.
+    save_file({f"first_stage_model.{name}": tensor for name, tensor in tensors.items()}, weights)
+    assert f"the weights of its {part} lack " in refusal(pipeline)
+    one = min(tensors)
+    save_file({name: tensor for name, tensor in tensors.items() if name != one}, weights)
+    said = refusal(pipeline)
+    assert f"the weights of its {part} lack 1 of {len(tensors)} tensors, such as " in said
+    assert one.removeprefix("text_model.") in said
+
+
+def test_a_vae_under_the_names_of_early_diffusers_is_whole(pipeline: Path, tmp_path: Path) -> None:
+    weights = pipeline / "vae/diffusion_pytorch_model.safetensors"
+    early = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, tensor in load_file(weights).items():
+        for new, old in early.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+        renamed[name] = tensor
+    assert "encoder.mid_block.attentions.0.query.weight" in renamed
+    save_file(renamed, weights)
+    (tmp_path / "out").mkdir()
+    teacher(FolderTeacher(path=pipeline), out=tmp_path / "out", run=NoRun())
+    assert (tmp_path / "out/model_index.json").is_file()
+
+
+def test_weights_that_are_cut_off_are_refused(pipeline: Path) -> None:
+    weights = pipeline / "vae/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "vae/diffusion_pytorch_model.safetensors is not a safetensors file" in refusal(pipeline)

@@ -77,6 +77,7 @@ def test_what_is_there_is_not_fetched_again(hub: Any, tmp_path: Path, monkeypatc
             {"repository": "us/nobodys"},
             r"the teacher's us/nobodys from .* \(RepositoryNotFoundError\): check",
         ),
+        ({"repository": "my model"}, r"the teacher's my model from .* \(HFValidationError\): check"),
         (
             {"unet": {**FAST, "files": ["eight_steps.safetensors"]}},
             r"teacher's us/fast .*\(it has no eight_steps\.safetensors\): check",

@@ -167,6 +167,7 @@ SD_1 = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
         ({f"{SD_1}.hada_w1_a": torch.zeros(2, 2)}, "does not fit the model"),
         (under_kohya(SD_1) | {f"{SD_1}.dora_scale": torch.ones(32, 1)}, "is a DoRA"),
         (lora(f"unet.{QUERY}", value=float("nan")), "gives weights that are not finite"),
+        (lora(f"unet.{QUERY}") | {f"unet.{QUERY}.lora_B.bias": torch.ones(32)}, "cannot be fused"),
     ],
 )
 def test_a_lora_that_does_not_fit_is_one_line(

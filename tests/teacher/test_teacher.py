@@ -50,6 +50,21 @@ def test_a_folder_is_copied_byte_for_byte_and_left_alone(pipeline: Path, tmp_pat
     assert json.loads((out / "teacher.json").read_text())["config"]["path"] == str(pipeline)
 
 
+def test_parts_that_a_teacher_does_not_have_are_left_out(pipeline: Path, tmp_path: Path) -> None:
+    """A pipeline that was saved with an IP-Adapter loaded names its image encoder."""
+    index = json.loads((pipeline / "model_index.json").read_text())
+    index |= {
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    }
+    (pipeline / "model_index.json").write_text(json.dumps(index))
+    (pipeline / "image_encoder").mkdir()
+    (pipeline / "image_encoder/config.json").write_text("{}")
+    out = make(tmp_path / "out", path=pipeline)
+    assert not (out / "image_encoder").exists()
+    StableDiffusionXLPipeline.from_pretrained(out, local_files_only=True, add_watermarker=False)  # it is whole
+
+
 @pytest.mark.parametrize("name", ["LICENSE.md", "LICENSE", "LICENSE.txt"])
 def test_a_licence_comes_along(pipeline: Path, tmp_path: Path, name: str) -> None:
     (pipeline / name).write_text("use restrictions")
