@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from koala.errors import KoalaError
-<<<<<<< HEAD
-from koala.teacher.layout import MODELS, check_vocabularies, is_index, read_index
-=======
 from koala.teacher.config import SAFETENSORS
 from koala.teacher.embedded import empty_model
-from koala.teacher.layout import MODELS, is_index, read_index
+from koala.teacher.layout import MODELS, check_vocabularies, is_index, read_index
 from koala.teacher.original import places
->>>>>>> h-hunt4
 from koala.teacher.shape import read_json
 from koala.unet.blocks import teacher_stages
 
