@@ -5,6 +5,7 @@ import multiprocessing
 import multiprocessing.spawn
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import urllib.request
@@ -18,6 +19,7 @@ import forks
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,8 +98,11 @@ LONG = (
     "flows/test_distill.py",
     "flows/test_serve.py",
     "publish/test_targets.py",
+    "publish/test_hub.py",
     "flows/test_promote.py",
+    "test_dvc.py",
     "bench/test_bench.py",
+    "distill/test_held_out.py",
     "distill/test_memory.py",
     "evaluate/test_evaluate.py",
 )
@@ -176,6 +181,21 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def programs() -> Path:
     """A folder with `python`, `koala` and what else lies beside this Python: they start at once, as tests/preloaded.py says."""
     return forks.programs()
+
+
+@pytest.fixture(scope="session")
+def prefect_tables(tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Path:
+    """A database of Prefect with its tables, which take seconds to make, and nothing else: one for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    file, partial = folder / "prefect.db", folder / "prefect.db.partial"
+    with FileLock(folder / "prefect.lock"):
+        if not file.exists():
+            own = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{partial}"}
+            command = [programs / "prefect", "server", "database", "upgrade", "--yes"]
+            subprocess.run(command, env={**os.environ, **own}, check=True, capture_output=True)
+            partial.rename(file)
+    return file
 
 
 @pytest.fixture

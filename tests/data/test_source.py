@@ -189,7 +189,7 @@ def test_lines_of_json_come_whole_from_whatever_blocks(
     out: Path, recorder: Any, monkeypatch: pytest.MonkeyPatch, ending: bytes
 ) -> None:
     """Also lines longer than a block, blank ones, and a last one without an end."""
-    monkeypatch.setattr(table_reader, "LINES", 100)
+    monkeypatch.setattr(table_reader, "LINES", 900)
     rows = urls(*range(1_500))
     rows[700]["text"] = "long " * 200
     rows[-1]["licence"] = "by"
@@ -266,6 +266,7 @@ print(peak())
     return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.slow
 def test_a_long_list_takes_the_memory_of_a_short_one(out: Path) -> None:
     """The long one has 400 MB more. A batch, its copies and what the allocators keep are some 100 MB."""
     assert peak_of_reading(500_000) < peak_of_reading(100_000) + 250e6

@@ -3,20 +3,20 @@
 import os
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
 import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.testing import utilities
 from prefect.testing.utilities import prefect_test_harness
 from ranks import free_port
 
@@ -163,34 +163,26 @@ def mlflow_store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) ->
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Iterator[tuple[SyncPrefectClient, Path]]:
-    """One Prefect server for all flows that need none of their own, and a copy of its database while that is empty."""
-    copy = tmp_path_factory.mktemp("prefect") / "prefect.db"
+def client(
+    tmp_path_factory: pytest.TempPathFactory, programs: Path, prefect_tables: Path
+) -> Iterator[SyncPrefectClient]:
+    """A client of one Prefect server for all flows that need none of their own; the settings of this process point to it too."""
+    folder = tmp_path_factory.mktemp("prefect")
+    shutil.copy(prefect_tables, folder / "prefect-test.db")
     with ExitStack() as stack:
-        with patch.object(sys, "executable", str(programs / "python")):
-            stack.enter_context(prefect_test_harness(server_startup_timeout=120))
-        client = stack.enter_context(get_client(sync_client=True))
-        url = get_current_settings().server.database.connection_url
-        assert url
         with (
-            closing(sqlite3.connect(url.get_secret_value().partition(":///")[2])) as database,
-            closing(sqlite3.connect(copy)) as to,
+            patch.object(sys, "executable", str(programs / "python")),
+            patch.object(utilities, "mkdtemp", return_value=str(folder)),
         ):
-            database.backup(to)
-        yield client, copy
-
-
-@pytest.fixture(scope="session")
-def client(server: tuple[SyncPrefectClient, Path]) -> SyncPrefectClient:
-    """A client of the shared server; the settings of this process point to it too."""
-    return server[0]
+            stack.enter_context(prefect_test_harness(server_startup_timeout=120))
+        yield stack.enter_context(get_client(sync_client=True))
 
 
 @pytest.fixture
-def with_tables(server: tuple[SyncPrefectClient, Path], project: Path) -> None:
-    """Give the project's own Prefect server a database with tables: making them takes 12 s."""
+def with_tables(prefect_tables: Path, project: Path) -> None:
+    """Give the project's own Prefect server a database with tables."""
     (project / ".prefect").mkdir()
-    shutil.copy(server[1], project / ".prefect/prefect.db")
+    shutil.copy(prefect_tables, project / ".prefect/prefect.db")
 
 
 @pytest.fixture

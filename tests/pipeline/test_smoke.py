@@ -25,8 +25,8 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout of its own at profile `smoke`."""
+def project(tmp_path_factory: pytest.TempPathFactory, prefect_tables: Path) -> Path:
+    """A checkout of its own at profile `smoke`; Prefect's tables are made."""
     folder = tmp_path_factory.mktemp("project")
     for name in (
         "koala",
@@ -56,6 +56,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         values = changed(values, old, new)
     params.write_text(values)
+    (folder / ".prefect").mkdir()
+    shutil.copy(prefect_tables, folder / ".prefect/prefect.db")
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     return folder
 
