@@ -8,8 +8,8 @@ PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-# Four at a time, also on two cores: a third of their time is waiting. Files in the order of tests/conftest.py: the longest first.
-PARALLEL := -n 4 --dist loadfile --no-loadscope-reorder
+# Three at a time, also on two cores: a third of their time is waiting. Files in the order of tests/conftest.py: the longest first.
+PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 
 export PATH := $(BIN):$(PATH)
 # Disable telemetry in every tool.

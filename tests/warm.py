@@ -5,14 +5,18 @@ are set apart, so that no process looks through them at its collections of garba
 no fork would have.
 """
 
+import atexit
 import gc
 import os
+import weakref
 from importlib import import_module
 
 from koala.cli import QUIET
 
 os.environ |= QUIET
 
+import ray
+import torch
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 for module in (
@@ -81,4 +85,12 @@ for module in (
 ):
     import_module(module)
 get_checkpoint_conversion_mapping("clip_text_model")
+# torch would take back, one by one, each operator that it has registered: 0.1 s at the end of each process.
+for finalizer in list(weakref.finalize._registry):
+    if (found := finalizer.peek()) and found[1] is torch.library._del_library:
+        finalizer.atexit = False
+atexit.unregister(torch._dynamo.utils.dump_compile_times)
+# Ray looks for a cluster to leave, of which few processes have one.
+atexit.unregister(ray._private.worker.shutdown)
+atexit.register(lambda: ray.is_initialized() and ray.shutdown(True))
 gc.freeze()
