@@ -524,8 +524,8 @@ def test_messages_of_servers_command_no_terminal_and_no_plot(tmp_path: Path) -> 
 
 def test_a_worker_that_was_lost_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(0, 10**6, 100))
-    monkeypatch.setattr(stage.time, "monotonic", lambda: next(now))
-    monkeypatch.setattr(stage.time, "sleep", lambda seconds: None)
+    clock = SimpleNamespace(monotonic=lambda: next(now), sleep=lambda seconds: None)
+    monkeypatch.setattr(stage, "time", clock)  # other threads have clocks too
     settings = config(machine={"deadline": 1, "retries": 1, "threads": 8})
     with subprocess.Popen(["sleep", "60"]) as hangs:
         with pytest.raises(KoalaError, match="img2dataset has stood still for 400 s"):

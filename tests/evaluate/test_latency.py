@@ -1,7 +1,8 @@
 """Latency of U-Nets."""
 
-import time
+from types import SimpleNamespace
 
+from koala.evaluate import latency
 from koala.evaluate.latency import step_latency
 
 
@@ -22,5 +23,5 @@ def test_latency_is_the_median_after_a_warm_up(tiny_teacher, monkeypatch) -> Non
     unet = UNet2DConditionModel.from_pretrained(tiny_teacher / "unet", use_safetensors=True)
     now, takes = [0.0], iter([100.0, 3.0, 1.0, 2.0])
     unet.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + next(takes)))
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     assert step_latency(unet, tokens=8, batch=1, repeats=3) == 2
