@@ -1,4 +1,4 @@
-"""The one kind of error that a user can fix."""
+"""The one kind of error that a user can fix, and others' errors as one line."""
 
 import errno
 
@@ -11,3 +11,8 @@ class KoalaError(Exception):
 
     `koala` prints it without a traceback and exits with status 2.
     """
+
+
+def line_of(error: BaseException) -> str:
+    """Return an error's text as one line of at most 200 characters; its kind where it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -8,14 +8,14 @@ file is validated at once, so that a misspelt name anywhere is refused before th
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from koala import params_file
 from koala.config import BY_KIND, Config
 from koala.data import forget, pins
 from koala.data.captions.config import RecaptionConfig, RecaptionMachine
@@ -351,11 +351,11 @@ def load(path: Path = FILE, profile: str | None = None, machine: str | None = No
     Raises KoalaError, in one line, where the file is missing, is not YAML or does not fit the types, and where the chosen
     machine cannot run the chosen profile.
     """
-    values = _read(path)
+    values = params_file.read(path)
     try:
         document = Document.model_validate(values)
     except ValidationError as error:
-        raise KoalaError(_one_line(path, error)) from None
+        raise KoalaError(params_file.complaints(path, error)) from None
     name = _chosen("--profile" if profile else path, "profile", profile or document.profile, document.profiles)
     by = "--machine" if machine else MACHINE if os.environ.get(MACHINE) else path
     host = _chosen(by, "machine", machine or os.environ.get(MACHINE) or document.machine, document.machines)
@@ -429,7 +429,7 @@ def _recipe(
     try:
         config = DistillConfig.model_validate({**values["profiles"][profile]["distill"], **own})
     except ValidationError as error:
-        raise KoalaError(_one_line(path, error, ("students", student, "distill"))) from None
+        raise KoalaError(params_file.complaints(path, error, ("students", student, "distill"))) from None
     return config.model_copy(update={"machine": machine.distill, "sampling": recipe.sampling})
 
 
@@ -445,48 +445,3 @@ def _check(path: Path, profile: str, name: str, config: DistillConfig, student: 
             f"{path}: profiles.{profile}.teacher: the config.json of its U-Net gives no U-Net ({error!r}): restore it"
         ) from None
     launch_settings.check(config)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader that refuses a key that stands twice, as DVC does; by itself it takes the last, unsaid."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        names = set()
-        for key, _ in node.value:
-            if key.value in names:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
-            if isinstance(key, yaml.ScalarNode):
-                names.add(key.value)
-        return node
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise KoalaError(f"there is no {path} here: run koala in the project's folder") from None
-    except UnicodeDecodeError as error:
-        raise KoalaError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as such") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise KoalaError(f"{path} is not YAML{where}: {getattr(error, 'problem', error)}") from None
-    if not isinstance(values, dict):
-        raise KoalaError(f"{path} must be a mapping with 'profile', 'machine', 'students', 'profiles' and 'machines'")
-    return values
-
-
-def _one_line(path: Path, error: ValidationError, root: Sequence[str] = ()) -> str:
-    """Return the first few of pydantic's complaints, each with the parameter's full name."""
-    complaints = []
-    for complaint in error.errors()[:3]:
-        names = [*root, *(str(part) for part in complaint["loc"] if not isinstance(part, int))]
-        what = (
-            "no such parameter"
-            if complaint["type"] == "extra_forbidden"
-            else complaint["msg"].removeprefix("Value error, ")
-        )
-        complaints.append(f"{'.'.join(names)}: {what[0].lower()}{what[1:]}")
-    more = error.error_count() - len(complaints)
-    return f"{path}: " + "; ".join(complaints) + (f" (and {more} more)" if more else "")

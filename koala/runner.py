@@ -30,7 +30,7 @@ from koala import previous, provenance, requirements
 from koala.config import Config
 from koala.console import say
 from koala.disk import naming_full_disk
-from koala.errors import KoalaError
+from koala.errors import KoalaError, line_of
 from koala.params import Params
 from koala.run import EARLIER, STATE
 
@@ -190,8 +190,7 @@ class Job:
                     files.link(folder, by_row.parts)
         except Exception as error:  # what stands behind a remote has errors of its own
             shutil.rmtree(folder, ignore_errors=True)
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            say(f"{self.name}: what was made last cannot be had ({reason}): all rows are made")
+            say(f"{self.name}: what was made last cannot be had ({line_of(error)}): all rows are made")
 
     def _say_of_others(self, work: Path) -> None:
         """Name unfinished work of this stage that another recipe or other inputs have left, since it is not resumed."""

@@ -18,6 +18,7 @@ from urllib.request import Request, urlopen
 from koala import params as parameters
 from koala.console import show, text_table
 from koala.data.tables import TableSource
+from koala.errors import line_of
 from koala.params import Params
 
 SECONDS = 20.0
@@ -51,7 +52,7 @@ def within(seconds: float, parts: Mapping[str, Callable[[], Any]]) -> dict[str, 
         try:
             answers.put((name, part()))
         except Exception as error:  # of a server, a target, a library: a line, whatever it is
-            answers.put((name, {"error": " ".join(str(error).split())[:200] or type(error).__name__}))
+            answers.put((name, {"error": line_of(error)}))
 
     for name, part in parts.items():
         threading.Thread(

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 
 from koala.config import Config
 from koala.disk import fills_disk
-from koala.errors import KoalaError
+from koala.errors import KoalaError, line_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -121,9 +121,7 @@ def _run(work: Work[T, R], items: Sequence[T], rank: int, sender: Connection) ->
     except Exception as error:
         if not fills_disk(error):
             raise
-        sender.send(
-            OSError(errno.ENOSPC, " ".join(str(error).split()))
-        )  # libraries' own errors need not survive a pipe
+        sender.send(OSError(errno.ENOSPC, line_of(error)))  # libraries' own errors need not survive a pipe
 
 
 def _end_with_parent() -> None:
@@ -152,9 +150,8 @@ def _on_ray(work: Work[T, R], items: Sequence[T], processes: int) -> Iterator[R]
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayError as error:
-        line = " ".join(str(error).split())[:200]
         raise KoalaError(
-            f"a part of the work was lost on the cluster ({line}): run the same command again; finished shards stay"
+            f"a part of the work was lost on the cluster ({line_of(error)}): run the same command again; finished shards stay"
         ) from None
     finally:
         for each_part in parts:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
 from koala.config import Config
-from koala.errors import KoalaError
+from koala.errors import KoalaError, line_of
 
 FILE = Path("forget.yaml")
 
@@ -49,8 +49,9 @@ def read(file: Path = FILE) -> tuple[Forgotten, ...]:
     try:
         return TypeAdapter(tuple[Forgotten, ...]).validate_python(yaml.safe_load(file.read_text()) or ())
     except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise KoalaError(f"{file} does not hold takedowns: {line}: write them by `koala data forget`") from None
+        raise KoalaError(
+            f"{file} does not hold takedowns: {line_of(error)}: write them by `koala data forget`"
+        ) from None
 
 
 def add(because: str, file: Path = FILE, **what: str | None) -> Forgotten:

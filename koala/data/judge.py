@@ -28,7 +28,7 @@ from koala.data.registration import miniature
 from koala.data.rules.base import View, look, original_size
 from koala.data.rules.language import Language
 from koala.data.shards import Sample, read_shard
-from koala.errors import KoalaError
+from koala.errors import KoalaError, line_of
 
 FACTS = pa.schema(
     {
@@ -273,8 +273,7 @@ class Scores:
             table = pq.read_table(file)
             return cls(file, table)
         except (OSError, pa.ArrowException, KeyError, ValueError, AttributeError) as error:
-            line = " ".join(str(error).split())[:200]
-            raise KoalaError(f"{file} is no table of scores ({line}): make the scores again") from None
+            raise KoalaError(f"{file} is no table of scores ({line_of(error)}): make the scores again") from None
 
     def join(self, sample: Sample) -> Sample:
         """Return a sample with its scores in `meta`. Raises KoalaError where the table is of other images."""

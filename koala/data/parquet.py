@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from koala.errors import KoalaError
+from koala.errors import KoalaError, line_of
 
 
 @contextmanager
@@ -15,5 +15,4 @@ def named(file: Path, remedy: str = "restore it (`dvc checkout`), or make it aga
     try:
         yield
     except (OSError, pa.ArrowException, KeyError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise KoalaError(f"{file} is truncated, or no table of this kind ({line}): {remedy}") from None
+        raise KoalaError(f"{file} is truncated, or no table of this kind ({line_of(error)}): {remedy}") from None

@@ -26,7 +26,7 @@ from koala.console import say
 from koala.distill import curves
 from koala.distill.config import DistillMachine
 from koala.distill.job import checkpoints
-from koala.errors import KoalaError
+from koala.errors import KoalaError, line_of
 
 COMPLETE = "complete.json"
 """Object that marks a push as complete."""
@@ -98,7 +98,7 @@ class _Remote:
             self._pushed = newest.step
         except (Boto3Error, BotoCoreError, ClientError) as error:
             raise KoalaError(
-                f"cannot read checkpoints at {self._location}: {_line(error)}: put the bucket or the AWS_ variables right, or "
+                f"cannot read checkpoints at {self._location}: {line_of(error)}: put the bucket or the AWS_ variables right, or "
                 "leave `checkpoints` of the machine out to start without them"
             ) from None
 
@@ -146,7 +146,7 @@ class _Remote:
         except FileNotFoundError:
             return  # removed before it was open: there is a newer one
         except (Boto3Error, BotoCoreError, ClientError, OSError) as error:
-            say(f"distill: {checkpoint.name} is not at {self._location}: {_line(error)}: tried again with the next")
+            say(f"distill: {checkpoint.name} is not at {self._location}: {line_of(error)}: tried again with the next")
 
     def _prune(self) -> None:
         """Remove what is older than the pushes that stay, also what never became complete."""
@@ -192,7 +192,3 @@ class _Remote:
             self._s3.download_file(self._bucket, f"{self._prefix}{push.folder}/{name}", str(partial / name))
         (partial / curves.HISTORY).replace(self._state / curves.HISTORY)
         partial.rename(final)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -13,7 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from koala.config import Config
-from koala.errors import KoalaError
+from koala.errors import KoalaError, line_of
 
 FILE = Path("approvals.yaml")
 
@@ -40,8 +40,9 @@ def read(file: Path = FILE) -> tuple[Approval, ...]:
     try:
         return TypeAdapter(tuple[Approval, ...]).validate_python(yaml.safe_load(file.read_text()) or ())
     except (yaml.YAMLError, ValidationError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise KoalaError(f"{file} does not hold approvals: {line}: write them by `koala release approve`") from None
+        raise KoalaError(
+            f"{file} does not hold approvals: {line_of(error)}: write them by `koala release approve`"
+        ) from None
 
 
 def digest(evaluation: Path) -> str:

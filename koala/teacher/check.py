@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from koala.errors import KoalaError
+from koala.errors import KoalaError, line_of
 from koala.teacher.config import SAFETENSORS
 from koala.teacher.embedded import empty_model
 from koala.teacher.layout import MODELS, check_vocabularies, is_index, read_index
@@ -63,9 +63,9 @@ def _try_scheduler(config: dict[str, Any], origin: str, kind: str) -> None:
         diffusers.DDPMScheduler.from_config(config)  # of distillation
         getattr(diffusers, kind).from_config(config).set_timesteps(4)
     except Exception as error:  # a class that is none, a library that is not installed, values of any kind
-        reason = " ".join(str(error).split())[:160]
         raise KoalaError(
-            f"{origin}: its scheduler, {kind}, cannot be used ({reason}): correct it, or give other values under `scheduler`"
+            f"{origin}: its scheduler, {kind}, cannot be used ({line_of(error)}): correct it, or give other values under "
+            "`scheduler`"
         ) from None
 
 
@@ -128,8 +128,9 @@ def _check_tensors(folder: Path, part: str, origin: str) -> None:
     except KoalaError:
         raise
     except Exception as error:  # diffusers and transformers check little of a configuration
-        reason = " ".join(str(error).split())[:160]
-        raise KoalaError(f"{origin}: the config.json of its {part} gives no model ({reason}): restore it") from None
+        raise KoalaError(
+            f"{origin}: the config.json of its {part} gives no model ({line_of(error)}): restore it"
+        ) from None
     there = set()
     for file in folder.glob(f"*{SAFETENSORS}"):
         for name in _names(file, origin):

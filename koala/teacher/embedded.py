@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from koala.errors import KoalaError
+from koala.errors import KoalaError, line_of
 from koala.teacher.layout import MODEL_INDEX, MODELS, PARTS, configurations, read_index
 from koala.teacher.original import places
 from koala.teacher.shape import read_json
@@ -134,8 +134,9 @@ def load_unet(file: Path, dtype: "torch.dtype") -> Any:
     try:
         unet.load_state_dict({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, assign=True)
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise KoalaError(f"{file} does not hold the U-Net of its configuration ({reason}): fetch it again") from None
+        raise KoalaError(
+            f"{file} does not hold the U-Net of its configuration ({line_of(error)}): fetch it again"
+        ) from None
     return unet.eval()
 
 

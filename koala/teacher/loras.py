@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from koala.console import hide_loading_bars, say
-from koala.errors import KoalaError
+from koala.errors import KoalaError, line_of
 from koala.teacher.config import LoraPart
 from koala.teacher.source import save_weights
 
@@ -55,9 +55,8 @@ def fuse_into(pipeline: Any, lora: LoraPart) -> list[str]:
                 use_safetensors=True,
             )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, IndexError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
         raise KoalaError(
-            f"the LoRA {lora.file} does not fit the model ({reason}): choose one for SDXL's U-Net"
+            f"the LoRA {lora.file} does not fit the model ({line_of(error)}): choose one for SDXL's U-Net"
         ) from None
     used = {part: _adapted(getattr(pipeline, part), name) for part in PARTS}
     parts = [part for part in PARTS if used[part]]
@@ -71,11 +70,11 @@ def fuse_into(pipeline: Any, lora: LoraPart) -> list[str]:
     try:
         pipeline.fuse_lora(components=parts, lora_scale=lora.weight, safe_fusing=True, adapter_names=[name])
     except ValueError as error:
-        reason = " ".join(str(error).split())[:160]
-        raise KoalaError(f"the LoRA {lora.file} gives weights that are not finite ({reason}): leave it out") from None
+        raise KoalaError(
+            f"the LoRA {lora.file} gives weights that are not finite ({line_of(error)}): leave it out"
+        ) from None
     except RuntimeError as error:  # a bias for a layer that has none
-        reason = " ".join(str(error).split())[:160]
-        raise KoalaError(f"the LoRA {lora.file} cannot be fused ({reason}): leave it out") from None
+        raise KoalaError(f"the LoRA {lora.file} cannot be fused ({line_of(error)}): leave it out") from None
     pipeline.unload_lora_weights()
     return parts
 

@@ -18,7 +18,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 
 from koala.console import say
-from koala.errors import DISK_FULL, KoalaError
+from koala.errors import DISK_FULL, KoalaError, line_of
 from koala.run import Run
 from koala.teacher.layout import LICENSE
 from koala.unet.blocks import MID, Stage, StudentRule, keep
@@ -175,8 +175,7 @@ def _load_unet(folder: Path, remedy: str = "make the teacher again (`koala teach
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise KoalaError(f"{folder} cannot be loaded: {remedy}: {reason}") from None
+        raise KoalaError(f"{folder} cannot be loaded: {remedy}: {line_of(error)}") from None
     if found["missing_keys"]:
         # diffusers would continue with random numbers in their place.
         lacking = f"{len(found['missing_keys'])} tensors, such as {min(found['missing_keys'])}"

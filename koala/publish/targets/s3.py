@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from pydantic import field_validator
 
 from koala.console import progress
-from koala.errors import KoalaError
+from koala.errors import KoalaError, line_of
 from koala.publish.targets.base import Shelf, Target
 from koala.publish.versions import (
     LATEST,
@@ -317,11 +317,7 @@ def _explained(location: str) -> Iterator[None]:
             "InvalidAccessKeyId": "the access key is not known there: check AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL",
             "SignatureDoesNotMatch": "the secret key is wrong: check AWS_SECRET_ACCESS_KEY",
         }
-        reason = reasons.get(_code(error), f"{_line(error)}: run it again, it resumes")
+        reason = reasons.get(_code(error), f"{line_of(error)}: run it again, it resumes")
         raise KoalaError(f"cannot use {location}: {reason}") from None
     except (BotoCoreError, Boto3Error) as error:
-        raise KoalaError(f"cannot use {location}: {_line(error)}: run it again, it resumes") from None
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise KoalaError(f"cannot use {location}: {line_of(error)}: run it again, it resumes") from None
