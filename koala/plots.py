@@ -139,13 +139,17 @@ def tiles(images: Sequence[Image.Image], across: int) -> Image.Image:
 
 
 def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Split text into lines of at most `width` pixels, longer words excepted."""
+    """Split text into lines of at most `width` pixels: between words, and within one that is longer, such as a path."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
-        else:
-            lines.append(word)
+            continue
+        lines.append("")
+        for character in word:
+            if lines[-1] and font.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
     return lines
 
 

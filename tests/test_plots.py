@@ -40,3 +40,9 @@ def test_an_axis_of_whole_numbers_has_whole_marks() -> None:
 def test_counts_have_whole_marks() -> None:
     (axes,) = plots.histogram([0, 1], {"kept": [15]}, [], "language_probability").axes  # 2.5 would be shown as 2
     assert all(tick == round(tick) for tick in axes.get_yticks())
+
+
+def test_a_heading_longer_than_its_column_is_broken_and_leaves_the_next_alone() -> None:
+    sheet = plots.grid(["a"], {"artifacts/demo/release/koala-700m": [BLANK], "": [BLANK]})
+    assert sheet.crop((0, 0, sheet.width - 102, sheet.height)).convert("L").getextrema()[0] == 0
+    assert sheet.crop((sheet.width - 102, 0, sheet.width, sheet.height)).getextrema() == ((255, 255),) * 3
