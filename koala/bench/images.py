@@ -44,11 +44,12 @@ def write_images(folder: Path, count: int) -> None:
 def write_table(folder: Path, count: int, port: int) -> None:
     """Write the table of as many images that `served` serves."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
+
+    from koala.data.source import write_parts
 
     folder.mkdir()
     urls = [f"http://127.0.0.1:{port}/{number}.jpg" for number in range(count)]
-    pq.write_table(pa.table({"url": urls, "caption": map(_caption, range(count))}), folder / "part-00000.parquet")
+    write_parts([pa.table({"url": urls, "caption": map(_caption, range(count))})], folder)
 
 
 _few = cache(_image)

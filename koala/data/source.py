@@ -7,7 +7,7 @@ carried columns: string, int64 or float64), in the list's order, and stats.json 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from koala.console import say
 from koala.data import manifest
 from koala.data.config import SourceConfig
+from koala.data.regroup import regrouped
 from koala.errors import KoalaError
 from koala.run import Run
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 PART_ROWS = 1_000_000
-"""Rows of a part: what img2dataset holds in memory at a time."""
+"""Rows of a part."""
 GROUP_ROWS = 50_000
 """Rows of a parquet row group."""
 
@@ -54,26 +55,10 @@ def write_parts(tables: Iterable[pa.Table], folder: Path, part_rows: int = PART_
         old.unlink()
     written = 0
     with _Parts(folder) as parts:
-        for group in _groups(tables, part_rows):
+        for group in regrouped(tables, GROUP_ROWS, part_rows):
             parts.write(group, new=written % part_rows == 0)
             written += len(group)
     return written
-
-
-def _groups(tables: Iterable[pa.Table], part_rows: int) -> Iterator[pa.Table]:
-    """Yield the rows in row groups of GROUP_ROWS, the last of each part excepted."""
-    waiting: list[pa.Table] = []
-    have = given = 0
-    for table in tables:
-        waiting.append(table)
-        have += len(table)
-        while have >= (size := min(GROUP_ROWS, part_rows - given % part_rows)):
-            whole = pa.concat_tables(waiting)
-            yield whole.slice(0, size).combine_chunks()
-            given, have = given + size, have - size
-            waiting = [whole.slice(size)]
-    if have:
-        yield pa.concat_tables(waiting).combine_chunks()
 
 
 class _Parts:

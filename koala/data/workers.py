@@ -2,9 +2,9 @@
 
     python -m koala.data.workers OPTIONS          # OPTIONS: JSON of `Options`
 
-Its scheduling, resizing and sharding stay. Replaced are how one image is fetched, how it is decoded before it is resized, how a
-shard is written, and how shards are given to processes. What an earlier run knows of a URL goes through it as a fetched image
-does, but is neither fetched nor resized again.
+Its scheduling, resizing and sharding stay. Replaced are how the table is read, how one image is fetched, how it is decoded
+before it is resized, how a shard is written, and how shards are given to processes. What an earlier run knows of a URL goes
+through it as a fetched image does, but is neither fetched nor resized again.
 """
 
 import functools
@@ -41,6 +41,7 @@ from koala.data.download import NO_CALLS_HOME, TOLD
 from koala.data.earlier_images import EarlierImages, Held
 from koala.data.executor import Engine, cluster
 from koala.data.fetch import FetchConfig, Fetcher
+from koala.data.shard_rows import ShardRows
 from koala.data.shards import Sample, write_shard
 from koala.errors import DISK_FULL
 
@@ -321,6 +322,7 @@ def main(options: Options) -> None:
     whole = import_module("img2dataset.main")  # the package has a function of that name
     for module, name in (
         (whole, "Downloader"),
+        (whole, "Reader"),
         (whole, "multiprocessing_distributor"),
         (of_one_shard, "download_image_with_retry"),
     ):
@@ -328,6 +330,7 @@ def main(options: Options) -> None:
             raise RuntimeError(f"this img2dataset has no {module.__name__}.{name}, in whose place ours belongs")
     vars(whole).update(
         Downloader=functools.partial(Downloader, options),
+        Reader=ShardRows,
         multiprocessing_distributor=functools.partial(distribute, options.engine),
     )
     try:
