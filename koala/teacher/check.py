@@ -11,7 +11,7 @@ from typing import Any
 from koala.errors import KoalaError, line_of
 from koala.teacher.config import SAFETENSORS
 from koala.teacher.embedded import empty_model
-from koala.teacher.layout import MODELS, check_vocabularies, is_index, read_index
+from koala.teacher.layout import MODELS, check_vocabularies, is_index, read_index, read_shards
 from koala.teacher.original import places
 from koala.teacher.shape import read_json
 from koala.unet.blocks import teacher_stages
@@ -114,7 +114,7 @@ def check_weights(folder: Path, origin: str) -> None:
         if not any(file.endswith(SAFETENSORS) for file in files):
             raise KoalaError(f"{origin}: {part} has no safetensors: give a pipeline with all of its weights")
         for index in filter(is_index, files):
-            shards = set(read_json(folder / part / index)["weight_map"].values())
+            shards = set(read_shards(folder / part / index).values())
             if missing := shards.difference(files):
                 raise KoalaError(f"{origin}: {part} lacks {min(missing)}, which its {index} names: fetch it again")
         _check_tensors(folder / part, part, origin)

@@ -3,9 +3,9 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from koala.config import Config
 from koala.teacher.shape import SDXL_SHAPE, TeacherShape, clip_parameters, shape_from, shape_of
@@ -202,13 +202,13 @@ class TinyTeacher(TeacherConfig):
     """Captioned images that it is trained on."""
     image_size: int = Field(default=32, gt=0)
     """Side of an image, in pixels."""
-    vae_channels: tuple[int, ...] = (16, 32, 32)
-    """Channels of each level of the VAE, which halves the side between levels."""
+    vae_channels: tuple[Annotated[int, Field(gt=0, multiple_of=8)], ...] = Field(default=(16, 32, 32), min_length=1)
+    """Channels of each level of the VAE, which halves the side between levels. Its normalisation has 8 groups."""
     vae: FitConfig
     """Training of the VAE."""
-    unet_channels: tuple[int, ...] = (64, 64, 96)
-    """Channels of each level of the U-Net."""
-    unet_depths: tuple[int, ...] = (0, 1, 2)
+    unet_channels: tuple[Annotated[int, Field(gt=0, multiple_of=16)], ...] = Field(default=(64, 64, 96), min_length=1)
+    """Channels of each level of the U-Net. Its normalisation has 16 groups."""
+    unet_depths: tuple[Annotated[int, Field(ge=0)], ...] = (0, 1, 2)
     """Transformer layers at each level, 0 for none. SDXL has 0, 2, 10."""
     text_width: int = 64
     """Width of each of the two text encoders."""
@@ -220,6 +220,15 @@ class TinyTeacher(TeacherConfig):
     """Decay a step of the EMA of U-Net and text encoders, which becomes the teacher."""
     seed: int = 0
     """Seed of initial weights, order, noise and dropout."""
+
+    @model_validator(mode="after")
+    def _levels(self) -> Self:
+        if len(self.unet_channels) != len(self.unet_depths):
+            raise ValueError(
+                f"unet_channels has {len(self.unet_channels)} levels, unet_depths {len(self.unet_depths)}: "
+                "give both a number for each level"
+            )
+        return self
 
     @property
     def origin(self) -> str:

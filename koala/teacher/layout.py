@@ -6,7 +6,7 @@ has its weights in half precision only (`model.fp16.safetensors`), they get the 
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,18 @@ def _part(file: str) -> str:
     return part if name and "/" not in name else ""
 
 
-def plain_index(index: Mapping[str, Any]) -> dict[str, Any]:
+def read_shards(index: Path) -> dict[str, str]:
+    """Return the file of each tensor that the index of sharded weights names. Raises KoalaError if it names none."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+        raise KoalaError(f"{index} has no weight_map that names the file of each tensor: fetch it again")
+    return shards
+
+
+def plain_index(index: Path) -> dict[str, Any]:
     """Return the index of sharded weights with the shards' plain names."""
-    return {**index, "weight_map": {key: _PRECISION.sub("", file) for key, file in index["weight_map"].items()}}
+    plain = {tensor: _PRECISION.sub("", file) for tensor, file in read_shards(index).items()}
+    return {**read_json(index), "weight_map": plain}
 
 
 def is_index(file: str) -> bool:

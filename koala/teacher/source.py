@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from koala.teacher.config import SAFETENSORS
 from koala.teacher.layout import is_index, plain_index
-from koala.teacher.shape import read_json
 
 
 class Source(Protocol):
@@ -29,7 +28,7 @@ def place(files: Mapping[str, str], source: Path, to: Path, link: bool = False) 
         new = to / target
         new.parent.mkdir(parents=True, exist_ok=True)
         if is_index(name):
-            new.write_text(json.dumps(plain_index(read_json(source / name)), indent=2) + "\n")
+            new.write_text(json.dumps(plain_index(source / name), indent=2) + "\n")
         elif link and name.endswith(SAFETENSORS):
             _link(source / name, new)
         else:

@@ -195,3 +195,13 @@ def test_only_what_the_index_names_is_fetched(hub: Any, tmp_path: Path) -> None:
     assert not [
         path for path in hub.asked if path.endswith((".py", "README.md", "sd_xl_base.safetensors")) or "vae_1_0" in path
     ]
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": ["a.safetensors"]}, {"weight_map": {"conv_in.weight": 1}}])
+def test_an_index_that_names_no_shards_is_one_line(hub: Any, tmp_path: Path, index: dict[str, Any]) -> None:
+    unet = UNet2DConditionModel.from_pretrained(hub.root / "us/sdxl/unet")
+    shutil.rmtree(hub.root / "us/sdxl/unet")
+    unet.save_pretrained(hub.root / "us/sdxl/unet", max_shard_size="300KB")
+    next((hub.root / "us/sdxl/unet").glob("*.index.json")).write_text(json.dumps(index))
+    with pytest.raises(KoalaError, match=r"index\.json has no weight_map that names the file of each tensor: fetch"):
+        fetch(config(), tmp_path / "out")

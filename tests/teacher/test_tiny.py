@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from koala.demo import shapes
@@ -115,3 +116,17 @@ def test_steps_that_were_logged_before_are_not_logged_again(recorder: Any) -> No
     recorder.metrics({"vae_loss": 1.0}, step=0)
     tiny.fit_vae(CONFIG, images, recorder)
     assert recorder.steps == {"vae_loss": [0]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"unet_depths": (0, 1)}, "unet_channels has 3 levels, unet_depths 2: give both a number for each level"),
+        ({"unet_channels": (16, 24, 32)}, "multiple of 16"),
+        ({"unet_channels": (), "unet_depths": ()}, "unet_channels"),
+        ({"vae_channels": (12, 16)}, "multiple of 8"),
+    ],
+)
+def test_sizes_that_make_no_teacher_are_refused(changes: dict[str, tuple[int, ...]], line: str) -> None:
+    with pytest.raises(ValidationError, match=line):
+        TinyTeacher(**(dict(CONFIG) | changes))
