@@ -117,9 +117,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Share one server that processes are forked from among the workers of pytest-xdist, if there are any."""
-    if config.getoption("numprocesses", None) and "not slow" not in config.option.markexpr:
+    """Fork the workers of pytest-xdist, and what they start, from one server; a worker is a plain Python to its tests."""
+    if config.getoption("numprocesses", None):
         os.environ[forks.SHARED] = str(forks.programs())
+        config.option.tx = [f"popen//python={forks.programs() / 'python'}"] * len(config.option.tx)
+    elif hasattr(config, "workerinput"):
+        sys.executable = str(Path(sys.prefix, "bin", "python"))
+        multiprocessing.set_executable(sys.executable)
 
 
 def pytest_sessionfinish() -> None:

@@ -2,9 +2,9 @@
 
     with preloaded(folder) as programs:    # a folder with `koala`, `python` and others, and what lies beside this Python
 
-A call has the arguments, environment, working directory and open files of whoever made it, and is a process of its own. What
-the caller holds is a small program that passes SIGTERM and SIGINT on, ends as the call ends, and takes the call with it
-when it is killed. Whoever looks for processes by their environment finds that program.
+A call has the arguments, environment, working directory, open files and limit on files' sizes of whoever made it, and is a
+process of its own. What the caller holds is a small program that passes SIGTERM and SIGINT on, ends as the call ends, and takes
+the call with it when it is killed. Whoever looks for processes by their environment finds that program.
 How Python, and the command `koala`, start by themselves is tested where the command is.
 """
 
@@ -13,6 +13,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import resource
 import runpy
 import selectors
 import shutil
@@ -42,7 +43,7 @@ if name == "python":
     own = second == "flows.processes" or second == "dvc" and "repro" in sys.argv
     if own if first == "-m" else first[:1] in ("", "-") and first != "-c":
         os.execv({python!r}, [{python!r}, *sys.argv[1:]])
-import array, json, signal, socket
+import array, json, resource, signal, socket
 files = []
 for file in map(int, os.listdir("/proc/self/fd")):
     try:
@@ -53,7 +54,8 @@ for file in map(int, os.listdir("/proc/self/fd")):
         files.append(file)
 call = socket.socket(socket.AF_UNIX)
 call.connect({address!r})
-told = json.dumps([name, sys.argv[1:], dict(os.environ), os.getcwd(), files]).encode()
+most = resource.getrlimit(resource.RLIMIT_FSIZE)
+told = json.dumps([name, sys.argv[1:], dict(os.environ), os.getcwd(), most, files]).encode()
 call.sendmsg([len(told).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))])
 call.sendall(told)
 for file in files:
@@ -152,7 +154,8 @@ def _tell(call: socket.socket, status: int) -> None:
 def _answer(call: socket.socket, programs: str) -> None:
     """Run one call in this process, and end it."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    name, arguments, environment, folder = _received(call)
+    name, arguments, environment, folder, most = _received(call)
+    resource.setrlimit(resource.RLIMIT_FSIZE, most)
     os.environ.clear()
     os.environ |= environment
     os.chdir(folder)
@@ -182,13 +185,13 @@ def _answer(call: socket.socket, programs: str) -> None:
     os._exit(status & 255)
 
 
-def _received(call: socket.socket) -> tuple[str, list[str], dict[str, str], str]:
+def _received(call: socket.socket) -> tuple[str, list[str], dict[str, str], str, tuple[int, int]]:
     """What the caller told, with its open files as this process's own, under the same numbers."""
     size, files, _, _ = socket.recv_fds(call, 8, _MOST_FILES)
     told = b""
     while len(told) < int.from_bytes(size, "big"):
         told += call.recv(1 << 20)
-    name, arguments, environment, folder, numbers = json.loads(told)
+    name, arguments, environment, folder, most, numbers = json.loads(told)
     taken = {call.fileno(), *files} & set(numbers)
     if taken:  # move what is in the way
         high = max(*numbers, *files, call.fileno()) + 1
@@ -210,7 +213,7 @@ def _received(call: socket.socket) -> tuple[str, list[str], dict[str, str], str]
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, "rw"[number > 0], closefd=False) for number in range(3))
     if environment.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(write_through=True)
-    return name, arguments, environment, folder
+    return name, arguments, environment, folder, tuple(most)
 
 
 def _end_with(call: socket.socket) -> None:

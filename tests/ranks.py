@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,9 +47,17 @@ def rank(file: str, environment: dict[str, str], said: str, backend: str | None)
         checkpoint.save_file = lambda *args: (time.sleep(float(seconds) / 3), save_file(*args))
     if file_of_counts := environment.get("KOALA_TEST_COUNT_REDUCTIONS"):
         _count_reductions(trainer.Trainer, f"{file_of_counts}-{environment['RANK']}")
-    if backend:  # inductor's kernels take minutes to compile
-        trainer.compile_modules = lambda *what: hooks.compile_modules(*what, backend=backend)
+    if backend:
+        trainer.compile_modules = lambda unet, classes: hooks.compile_modules(
+            _first_of_each(unet, classes), classes, backend=backend
+        )
     train.main(Path(file))
+
+
+def _first_of_each(model: torch.nn.Module, classes: Sequence[str]) -> torch.nn.ModuleList:
+    """The first module of each class: dynamo takes a second for each."""
+    named = {type(module).__name__: module for module in reversed(list(model.modules()))}
+    return torch.nn.ModuleList(named[name] for name in classes)
 
 
 def _count_reductions(kind: type, file: str) -> None:

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -21,11 +21,13 @@ from importlib import import_module
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 if __name__ in ("__main__", "__mp_main__"):  # here, and in the workers
-    # webdataset works without torch: each process starts in half the time and is 200 MB smaller.
+    # webdataset works without torch, and nothing is sent to wandb: each process starts in half the time and is smaller by 200 MB.
     sys.modules["torch"] = None  # type: ignore[assignment]
+    sys.modules["wandb"] = ModuleType("wandb")
 
 import img2dataset
 import pyarrow as pa
@@ -221,6 +223,24 @@ def _resize(config: DecodeConfig, resizer: Resizer, stream: io.BytesIO, boxes: A
     return found
 
 
+class NoLogger:
+    """Stands for img2dataset's process that reads every shard's counts again and again: the stage does so itself."""
+
+    done_shards: Collection[int]
+
+    def __init__(self, *_: Any) -> None:
+        """Take what img2dataset gives."""
+
+    def start(self) -> None:
+        """Start nothing."""
+
+    def join(self) -> None:
+        """Wait for nothing."""
+
+    def terminate(self) -> None:
+        """End nothing."""
+
+
 def distribute(
     engine: Engine, processes: int, downloader: Downloader, reader: Iterable[Row], _: Any, retries: int
 ) -> None:
@@ -322,6 +342,7 @@ def main(options: Options) -> None:
     whole = import_module("img2dataset.main")  # the package has a function of that name
     for module, name in (
         (whole, "Downloader"),
+        (whole, "LoggerProcess"),
         (whole, "Reader"),
         (whole, "multiprocessing_distributor"),
         (of_one_shard, "download_image_with_retry"),
@@ -330,6 +351,7 @@ def main(options: Options) -> None:
             raise RuntimeError(f"this img2dataset has no {module.__name__}.{name}, in whose place ours belongs")
     vars(whole).update(
         Downloader=functools.partial(Downloader, options),
+        LoggerProcess=NoLogger,
         Reader=ShardRows,
         multiprocessing_distributor=functools.partial(distribute, options.engine),
     )

@@ -423,6 +423,7 @@ def test_a_sidecar_that_does_not_serve_is_given_up(out: Path, recorder: Any, mon
     assert not mine(os.getcwd())
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("how", ["files", "disk"])
 def test_a_full_disk_is_said_and_the_next_run_resumes(out: Path, server: ShapesServer, recorder: Any, how: str) -> None:
     port = server.server_address[1]
@@ -433,7 +434,7 @@ def test_a_full_disk_is_said_and_the_next_run_resumes(out: Path, server: ShapesS
             grow()
         with pytest.raises(KoalaError, match=r"^the disk is full at out/state/shards \("), naming_full_disk(out):
             stage.download(settings, table, out, recorder)
-        assert not mine(os.getcwd())
+        wait(lambda: not mine(os.getcwd()), 10)
         for _ in range(12):
             grow()
         stage.download(settings, table, out, recorder)

@@ -1,7 +1,8 @@
 """The settings that users run, together: every machine of params.yaml at tiny size, killed and resumed to the same bits.
 
-A machine's launch file is replaced by its counterpart on a CPU: one process, two, or two that shard the student. Layers are
-compiled as far as dynamo's graphs, which compute to the bit what eager layers do; inductor's kernels would take minutes.
+A machine's launch file is replaced by its counterpart on a CPU: one process, two, or two that shard the student. The first layer
+of each kind is compiled (test_trainer.py compiles all) as far as dynamo's graphs, which compute to the bit what eager layers do;
+inductor's kernels would take minutes.
 """
 
 from collections.abc import Callable
