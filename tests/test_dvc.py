@@ -241,7 +241,7 @@ def test_a_third_student_is_one_row(project: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def finished(project: Path) -> Path:
+def finished(project: Path, forked: None) -> Path:
     """A project in which DVC knows every stage as done; what they made is a word each."""
     for stage in STAGES.values():
         declared = stage.get("do", stage)
@@ -331,7 +331,7 @@ def test_an_out_is_stored_once_and_read_only_and_its_stage_runs_again(project: P
 
 
 def test_a_stage_by_hand_replaces_what_dvc_protects_and_leaves_the_cache_whole(
-    project: Path, empty_store: Path
+    project: Path, empty_store: Path, forked: None
 ) -> None:
     """Read-only files, hard links into the cache: a stage that wrote into one would change what `dvc checkout` gives."""
     params = project / "params.yaml"

@@ -133,6 +133,7 @@ def test_an_unknown_version_is_one_line(target: FolderTarget, client: SyncPrefec
     assert "has no version 'v9': choose one of v1, v2" in str(state.message)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_command_says_yes_for_one_version(
     begin: Callable[[str], UUID], run: Callable[[UUID], State[Any]], client: SyncPrefectClient, target: FolderTarget
 ) -> None:
