@@ -68,6 +68,7 @@ def api(client: SyncPrefectClient, project: Path, monkeypatch: pytest.MonkeyPatc
     return read
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_row_more_in_params_yaml_is_a_deployment_more_and_a_row_less_one_less(
     api: Callable[[], dict], client: SyncPrefectClient, project: Path
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_row_more_in_params_yaml_is_a_deployment_more_and_a_row_less_one_less(
     assert deployed.work_pool_name == "local"
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_refusal_of_prefects_is_one_line(
     api: Callable[[], dict], project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +101,7 @@ def test_a_refusal_of_prefects_is_one_line(
     assert capsys.readouterr().err == "deployments: prefect deploy failed: see .prefect/deploy.log\n"
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("command", [["flows.deployments"], ["flows.promote", "koala-a", "--yes"]])
 def test_a_server_that_does_not_answer_is_one_line(project: Path, outside: dict[str, str], command: list[str]) -> None:
     environment = {**outside, "PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}

@@ -87,6 +87,7 @@ def computed(stage: str) -> list[str]:
     return [line.split()[1] for line in lines if line.startswith("making ")]
 
 
+@pytest.mark.usefixtures("forked")
 def test_what_one_machine_computed_another_restores(machine: Callable[[str], Path]) -> None:
     one = machine("one")
     assert computed("publish@koala-a") == ["knead", "heat", "koala-a", "koala-a"]
@@ -99,6 +100,7 @@ def test_what_one_machine_computed_another_restores(machine: Callable[[str], Pat
     assert there.items() <= made.items()
 
 
+@pytest.mark.usefixtures("forked")
 def test_with_the_lock_of_the_flow_only_what_the_stage_reads_is_fetched(machine: Callable[[str], Path]) -> None:
     one = machine("one")
     computed("evaluate@koala-a")
@@ -109,6 +111,7 @@ def test_with_the_lock_of_the_flow_only_what_the_stage_reads_is_fetched(machine:
     assert not (other / "artifacts/demo/knead").exists()
 
 
+@pytest.mark.usefixtures("forked")
 def test_an_old_lock_gives_no_old_data(machine: Callable[[str], Path], shared: Path) -> None:
     """DVC's --single-item would restore the bread, or say that nothing changed."""
     one = machine("one")
@@ -122,6 +125,7 @@ def test_an_old_lock_gives_no_old_data(machine: Callable[[str], Path], shared: P
     assert (other / "artifacts/demo/heat/from").read_text() == "cake"
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_push_that_fails_fails_the_stage(
     machine: Callable[[str], Path], s3_server: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
