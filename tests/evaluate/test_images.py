@@ -118,6 +118,7 @@ def test_images_are_opened_one_at_a_time(make_config, finished, monkeypatch) -> 
     assert opened == ["000003.png", "000001.png", "000002.png"]
 
 
+@pytest.mark.usefixtures("forked")
 def test_processes_share_the_images(tiny_teacher, make_config, finished, copy, recorder, monkeypatch) -> None:
     """Three images are missing, of two processes one generates two batches: each image is as one process makes it."""
     started: list[list[list[int]]] = []

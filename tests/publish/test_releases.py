@@ -191,6 +191,7 @@ def test_a_target_without_versions_is_said() -> None:
         roll_back([Remember()], "koala-700m", "v1")
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_commands_take_the_targets_of_the_profile(
     target: FolderTarget, workspace: Path, change_params: Callable[..., None]
 ) -> None:
