@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,13 +38,19 @@ from koala.run import STATE, Run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+GROWING = (".waiting", ".part")
+"""How files of shards in work end: images that wait for the shard's last, and the shard that is being written."""
 STATUSES = ("success", "failed_to_download", "failed_to_resize")
 TOP_ERRORS = 20
 TOLD = "koala: "
 """What a line begins with that a worker leaves for us in img2dataset's log."""
+FINISHED = "finished"
+"""File beside the shards in which a worker's process notes each that is finished, by its number, a line each."""
 NO_CALLS_HOME = {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}
 """Environment of img2dataset's processes: without update checks and telemetry."""
 POLL_SECONDS = 0.2
+LOOK_SECONDS = 10.0
+"""How often the folder is looked through for work that grows."""
 SIDECAR_SECONDS = 30.0
 """Time in which a sidecar must accept connections."""
 _SHARD_FILE = re.compile(r"\d+(\.tar|\.parquet|_stats\.json)")
@@ -121,6 +127,7 @@ def fetch(
     if finished:
         say(f"download: resumes after {len(finished)} of {count} shards")
     log = logs / "img2dataset.log"
+    (shards.parent / FINISHED).write_text("")
     command = [sys.executable, "-m", "koala.data.workers", json.dumps(_options(table, columns, config, shards, known))]
     with ExitStack() as stack:
         helper = stack.enter_context(sidecar(config, _first_url(table), logs) if config.sidecar else nullcontext())
@@ -263,40 +270,48 @@ def _watch(
     """
     machine = config.machine
     patience = 300 + 400 * machine.deadline * (machine.retries + 1) / machine.threads
-    finished = set(_stats(shards))
-    last, moved = _footprint(shards, finished), time.monotonic()
+    last, moved = _footprint(shards), time.monotonic()
+    looked = moved
     ended = False
-    while not ended:
-        ended = process.poll() is not None
-        news = _stats(shards, but=finished)
-        finished |= news.keys()
-        yield from (stats["count"] for stats in news.values())
-        if sidecar and not ended:
-            _check_sidecar(sidecar, logs / "sidecar.log")
-        if (footprint := _footprint(shards, finished)) != last:
-            last, moved = footprint, time.monotonic()
-        elif time.monotonic() - moved > patience:
-            raise KoalaError(f"img2dataset has stood still for {patience:.0f} s (see {logs}): run again to resume")
-        if not ended:
-            time.sleep(POLL_SECONDS)
+    with (shards.parent / FINISHED).open() as finished:
+        while not ended:
+            ended = process.poll() is not None
+            for number in finished:
+                yield _count(shards / f"{int(number):05d}_stats.json")
+            if sidecar and not ended:
+                _check_sidecar(sidecar, logs / "sidecar.log")
+            if (now := time.monotonic()) - looked > LOOK_SECONDS:
+                looked = now
+                if (footprint := _footprint(shards)) != last:
+                    last, moved = footprint, now
+                elif now - moved > patience:
+                    raise KoalaError(
+                        f"img2dataset has stood still for {patience:.0f} s (see {logs}): run again to resume"
+                    )
+            if not ended:
+                time.sleep(POLL_SECONDS)
 
 
-def _footprint(shards: Path, finished: Collection[str]) -> tuple[int, int]:
+def _footprint(shards: Path) -> tuple[int, int]:
     """Return the number of files, and the bytes of unfinished shards: they grow as long as images arrive."""
     files = list(os.scandir(shards))
-    growing = [file for file in files if re.split(r"[_.]", file.name)[0] not in finished]
-    return len(files), sum(file.stat().st_size for file in growing)
+    return len(files), sum(file.stat().st_size for file in files if file.name.endswith(GROWING))
 
 
-def _stats(shards: Path, but: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-    """Return img2dataset's counts of each finished shard, but for some. A file that is still being written is ignored."""
+def _count(stats: Path) -> int:
+    """Return the rows of a finished shard; none, where the file of another machine is not seen yet."""
+    try:
+        return int(json.loads(stats.read_text())["count"])
+    except (OSError, json.JSONDecodeError):
+        return 0
+
+
+def _stats(shards: Path) -> dict[str, dict[str, Any]]:
+    """Return img2dataset's counts of each finished shard. A file that is still being written is ignored."""
     found = {}
     for file in sorted(shards.glob("*_stats.json")):
-        shard = file.name.removesuffix("_stats.json")
-        if shard in but:
-            continue
         try:
-            found[shard] = json.loads(file.read_text())
+            found[file.name.removesuffix("_stats.json")] = json.loads(file.read_text())
         except json.JSONDecodeError:
             continue
     return found

@@ -39,7 +39,7 @@ from koala.config import Config
 from koala.console import say
 from koala.data import earlier
 from koala.data.decode import DecodeConfig, UnusableError, normalised
-from koala.data.download import NO_CALLS_HOME, TOLD
+from koala.data.download import FINISHED, NO_CALLS_HOME, TOLD
 from koala.data.earlier_images import EarlierImages, Held
 from koala.data.executor import Engine, cluster
 from koala.data.fetch import FetchConfig, Fetcher
@@ -244,17 +244,24 @@ class NoLogger:
 def distribute(
     engine: Engine, processes: int, downloader: Downloader, reader: Iterable[Row], _: Any, retries: int
 ) -> None:
-    """Give shards to worker processes, and none up because a worker was killed."""
+    """Give shards to worker processes, and none up because a worker was killed; note each that is finished for the stage."""
     run = _run_on_ray if engine == "ray" else _run
-    failed = list(run(processes, downloader, reader))
-    for _attempt in range(retries):
-        failed = list(run(processes, downloader, failed))
+    rows = reader
+    with (Path(downloader.output_folder).parent / FINISHED).open("a", buffering=1) as finished:
+        for _attempt in range(retries + 1):
+            failed = []
+            for row, succeeded in run(processes, downloader, rows):
+                if succeeded:
+                    finished.write(f"{row[0]}\n")
+                else:
+                    failed.append(row)
+            rows = failed
     if failed:
         _tell(f"{len(failed)} shards failed {retries + 1} times")
 
 
-def _run_on_ray(processes: int, downloader: Downloader, rows: Iterable[Row]) -> Iterator[Row]:
-    """Make shards on a cluster, `processes` at a time; yield those that failed.
+def _run_on_ray(processes: int, downloader: Downloader, rows: Iterable[Row]) -> Iterator[tuple[Row, bool]]:
+    """Make shards on a cluster, `processes` at a time; yield each, and whether it succeeded.
 
     img2dataset's own distributor for Ray starts a task for every shard of the table at once, and ignores which of them failed.
     """
@@ -275,16 +282,15 @@ def _run_on_ray(processes: int, downloader: Downloader, rows: Iterable[Row]) -> 
         except ray.exceptions.RayError:
             _tell(f"the worker of shard {row[0]} was lost on the cluster: it may lack memory")
             succeeded = False
-        if not succeeded:
-            yield row
+        yield row, succeeded
 
 
 def _make(downloader: Downloader, row: Row) -> bool:
     return downloader(row)[0]
 
 
-def _run(processes: int, downloader: Downloader, rows: Iterable[Row]) -> Iterator[Row]:
-    """Make shards in processes of this machine; yield those that failed.
+def _run(processes: int, downloader: Downloader, rows: Iterable[Row]) -> Iterator[tuple[Row, bool]]:
+    """Make shards in processes of this machine; yield each, and whether it succeeded.
 
     A pool of multiprocessing waits for ever for a worker that the system killed for its memory. Here it is noticed: the shards
     that were in work are done again, each alone, so that the one that kills its worker costs no other anything.
@@ -309,8 +315,7 @@ def _run(processes: int, downloader: Downloader, rows: Iterable[Row]) -> Iterato
             except BrokenProcessPool:
                 _tell(f"the worker of shard {row[0]} was killed again: it may lack memory")
                 succeeded = False
-        if not succeeded:
-            yield row
+        yield row, succeeded
 
 
 def _tell(line: str) -> None:
@@ -324,8 +329,8 @@ def _work(
     downloader: Downloader,
     rows: Iterator[Row],
     running: dict[Future[tuple[bool, Row]], Row],
-) -> Iterator[Row]:
-    """Keep `running` filled with one shard a process until `rows` end; yield shards that failed."""
+) -> Iterator[tuple[Row, bool]]:
+    """Keep `running` filled with one shard a process until `rows` end; yield each, and whether it succeeded."""
     while True:
         running |= {pool.submit(downloader, row): row for row in islice(rows, processes - len(running))}
         if not running:
@@ -333,8 +338,7 @@ def _work(
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             succeeded, row = future.result()
             del running[future]
-            if not succeeded:
-                yield row
+            yield row, succeeded
 
 
 def main(options: Options) -> None:

@@ -259,11 +259,9 @@ def deadly() -> Iterator[SimpleNamespace]:
             _, kind, name = self.path.split("/")
             if kind == "kill" and lives.get(name, 0):
                 lives[name] -= 1
-                port = self.client_address[1]
-                ends = psutil.net_connections("tcp")
-                os.kill(
-                    next(end.pid for end in ends if end.laddr.port == port and end.pid != os.getpid()), signal.SIGKILL
-                )
+                ends = self.client_address, self.server.server_address
+                asks = (each.pid for each in psutil.net_connections("tcp") if (each.laddr, each.raddr) == ends)
+                os.kill(next(filter(None, asks)), signal.SIGKILL)  # ports of closed connections are nobody's
                 return
             body = jpeg(1, int(name.partition(".")[0]))
             self.send_response(200)
@@ -523,14 +521,39 @@ def test_messages_of_servers_command_no_terminal_and_no_plot(tmp_path: Path) -> 
     stage.plot(stats).savefig(tmp_path / "plot.png")
 
 
+def test_what_is_told_of_finished_shards_is_yielded_once_and_nothing_else_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    told = (tmp_path / stage.FINISHED).open("w", buffering=1)
+    for number, rows in enumerate((4, 5, 6)):
+        shard(folder, number, rows=rows)
+    (folder / "00001_stats.json").unlink()  # another machine's, not seen yet
+    turns = iter([("0\n", None), ("", None), ("1\n2\n", 0)])
+
+    def poll() -> int | None:
+        lines, status = next(turns)
+        told.write(lines)
+        return status
+
+    monkeypatch.setattr(stage, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(stage, "_stats", None)
+    watched = stage._watch(SimpleNamespace(poll=poll), None, folder, config(), tmp_path)
+    assert list(watched) == [4, 0, 6]
+    told.close()
+
+
 def test_a_worker_that_was_lost_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / stage.FINISHED).touch()
     now = iter(range(0, 10**6, 100))
     clock = SimpleNamespace(monotonic=lambda: next(now), sleep=lambda seconds: None)
     monkeypatch.setattr(stage, "time", clock)  # other threads have clocks too
     settings = config(machine={"deadline": 1, "retries": 1, "threads": 8})
     with subprocess.Popen(["sleep", "60"]) as hangs:
         with pytest.raises(KoalaError, match="img2dataset has stood still for 400 s"):
-            list(stage._watch(hangs, None, tmp_path, settings, tmp_path))
+            list(stage._watch(hangs, None, tmp_path / "shards", settings, tmp_path))
         hangs.kill()
 
 
