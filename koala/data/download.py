@@ -20,7 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -295,7 +295,12 @@ def _watch(
 def _footprint(shards: Path) -> tuple[int, int]:
     """Return the number of files, and the bytes of unfinished shards: they grow as long as images arrive."""
     files = list(os.scandir(shards))
-    return len(files), sum(file.stat().st_size for file in files if file.name.endswith(GROWING))
+    size = 0
+    for file in files:
+        if file.name.endswith(GROWING):
+            with suppress(FileNotFoundError):  # it is finished by now
+                size += file.stat().st_size
+    return len(files), size
 
 
 def _count(stats: Path) -> int:
