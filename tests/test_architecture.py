@@ -238,6 +238,7 @@ assert json.loads(Path("release/receipt.json").read_text())["targets"] == [{"kin
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("kind", TOYS)
 def test_7_a_new_kind_is_one_file_and_one_line_of_a_union(kind: str, tmp_path: Path, tiny_teacher: Path) -> None:
     """params.yaml names it, its stage applies it, and the schema has it. (The line of the union has its import.)"""
@@ -252,7 +253,9 @@ def test_7_a_new_kind_is_one_file_and_one_line_of_a_union(kind: str, tmp_path: P
         union.replace(line, changed).replace("import os\n", f"import os\n{imported}\n", 1)
     )
     script = f"""
-import json, yaml
+import json, sys, yaml
+for name in [name for name in sys.modules if name.partition(".")[0] == "koala"]:
+    del sys.modules[name]  # of the process that this one is forked from
 from pathlib import Path
 from koala import params as parameters
 from koala.run import NoRun
