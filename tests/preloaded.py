@@ -154,6 +154,7 @@ def _tell(call: socket.socket, status: int) -> None:
 def _answer(call: socket.socket, programs: str) -> None:
     """Run one call in this process, and end it."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
     name, arguments, environment, folder, most = _received(call)
     resource.setrlimit(resource.RLIMIT_FSIZE, most)
     os.environ.clear()

@@ -186,7 +186,8 @@ def joined(
         own = {**outside, **s3, "PATH": path, "KOALA_REPOSITORY": str(shared), **environment}
         command = [sys.executable, "-m", "flows.join", "--server", url, "--disk=0.001", "--folder", tmp_path / name]
         with (tmp_path / f"{name}.log").open("wb") as log:
-            workers.append(subprocess.Popen([*command, *arguments], env=own, stdout=log, stderr=log, cwd=shared))
+            in_background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command, *arguments]  # as a script starts it
+            workers.append(subprocess.Popen(in_background, env=own, stdout=log, stderr=log, cwd=shared))
         return workers[-1]
 
     yield run
