@@ -172,13 +172,28 @@ def recorder() -> Recorder:
 
 
 @pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its tables, which take seconds to make, and nothing else."""
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Have a file made by the first worker that asks for it: `made_once("a.db", make)`, where `make` takes its path."""
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        file, partial = folder / name, folder / f"{name}.partial"
+        with FileLock(folder / f"{name}.lock"):
+            if not file.exists():
+                make(partial)
+                partial.rename(file)
+        return file
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def empty_store(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """An MLflow database with its tables, which take seconds to make, and nothing else: one for all workers."""
     from mlflow import MlflowClient
 
-    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{file}").search_experiments()
-    return file
+    return made_once("mlflow.db", lambda file: MlflowClient(f"sqlite:///{file}").search_experiments())
 
 
 @pytest.fixture(scope="session")
@@ -188,18 +203,15 @@ def programs() -> Path:
 
 
 @pytest.fixture(scope="session")
-def prefect_tables(tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Path:
+def prefect_tables(made_once: Callable[[str, Callable[[Path], object]], Path], programs: Path) -> Path:
     """A database of Prefect with its tables, which take seconds to make, and nothing else: one for all workers."""
-    base = tmp_path_factory.getbasetemp()
-    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    file, partial = folder / "prefect.db", folder / "prefect.db.partial"
-    with FileLock(folder / "prefect.lock"):
-        if not file.exists():
-            own = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{partial}"}
-            command = [programs / "prefect", "server", "database", "upgrade", "--yes"]
-            subprocess.run(command, env={**os.environ, **own}, check=True, capture_output=True)
-            partial.rename(file)
-    return file
+
+    def make(file: Path) -> None:
+        own = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{file}"}
+        command = [programs / "prefect", "server", "database", "upgrade", "--yes"]
+        subprocess.run(command, env={**os.environ, **own}, check=True, capture_output=True)
+
+    return made_once("prefect.db", make)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data.processes import mine
 from PIL import Image
 from pydantic import ValidationError
 from space import short_of_space
@@ -66,18 +67,6 @@ def free_port() -> int:
 
 def sidecar(port: int) -> tuple[str, ...]:
     return (sys.executable, "-c", f"from koala.demo.server import serve; serve({port}, 1)")
-
-
-def mine(marks: str) -> list[psutil.Process]:
-    """Processes that have `marks` (this test's folder) as their working directory."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.cwd() == marks and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 def wait(condition: Any, seconds: float = 60) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data.processes import mine
 from PIL import Image, ImageDraw, ImageEnhance
 from sklearn.datasets import load_sample_images
 
@@ -305,6 +306,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.usefixtures("forked")
 def test_killed_again_and_again_it_makes_the_same_bytes(out: Path) -> None:
     forms = [jpeg(scene, quality) for quality in (95, 60) for scene in scenes()]
     images = write(forms, shard_size=9)
@@ -313,7 +315,7 @@ def test_killed_again_and_again_it_makes_the_same_bytes(out: Path) -> None:
     Path("cut").mkdir()
     chance, kills = random.Random(0), 0
     for made in (0, 4, 8, 12, None):  # files that are there when it is killed, or a little later
-        process = subprocess.Popen([sys.executable, "stage.py"], start_new_session=True)
+        process = subprocess.Popen([sys.executable, Path("stage.py").resolve()])
         if made is None:
             assert process.wait(300) == 0
             break
@@ -327,20 +329,7 @@ def test_killed_again_and_again_it_makes_the_same_bytes(out: Path) -> None:
     assert digests(Path("cut")) == digests(out)
     assert [row["key"] for row in verdicts(Path("cut"))] == [f"{index:09d}" for index in range(len(forms))]
     for _ in range(100):  # no worker outlives the stage
-        if not _processes(process.pid):
+        if not mine(os.getcwd()):
             break
         time.sleep(0.1)
-    assert not _processes(process.pid)
-
-
-def _processes(session: int) -> list[int]:
-    import psutil
-
-    return [each.pid for each in psutil.process_iter() if _session(each.pid) == session]
-
-
-def _session(pid: int) -> int | None:
-    try:
-        return os.getsid(pid)
-    except ProcessLookupError:
-        return None
+    assert not mine(os.getcwd())

@@ -76,6 +76,7 @@ def test_what_is_not_asked_for_any_more_ends() -> None:
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.usefixtures("forked")
 def test_without_a_cluster_it_is_one_line(tmp_path: Path) -> None:
     code = "from koala.data.executor import share\nwith share(len, [1], 1, 'ray') as results: list(results)"
     environment = {"PATH": "/usr/bin", "HOME": str(tmp_path), "RAY_ADDRESS": "127.0.0.1:9", "RAY_TMPDIR": str(tmp_path)}
