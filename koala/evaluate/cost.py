@@ -29,22 +29,29 @@ def costs(teacher: Path, student: Path, config: EvaluateConfig) -> tuple[Costs, 
     The teacher's step is timed before and after the student's, so that a machine whose speed drifts does not favour one.
     """
     tokens = json.loads((teacher / "text_encoder" / "config.json").read_text())["max_position_embeddings"]
-    first, own, last = (_of_unet(folder, tokens, config) for folder in (teacher, student, teacher))
-    of_teacher = {**first, "step_ms": (first["step_ms"] + last["step_ms"]) / 2}
-    return of_teacher | _of_pipeline(teacher, config), own | _of_pipeline(student, config)
+    first, own, last = (_step_ms(folder, tokens, config) for folder in (teacher, student, teacher))
+    return (
+        _count(teacher) | {"step_ms": (first + last) / 2} | _of_pipeline(teacher, config),
+        _count(student) | {"step_ms": own} | _of_pipeline(student, config),
+    )
 
 
-def _of_unet(folder: Path, tokens: int, config: EvaluateConfig) -> Costs:
+def _step_ms(folder: Path, tokens: int, config: EvaluateConfig) -> float:
     from koala.evaluate.latency import step_latency
-    from koala.unet.cost import unet_cost
 
     unet = _load_unet(folder, config.dtype)
     seconds = step_latency(unet, tokens, config.latency_batch, config.machine.latency_repeats)
-    parameters = sum(parameter.numel() for parameter in unet.parameters())
-    flops = unet_cost(unet.config, unet.config.sample_size).flops
     del unet
     generate.free_memory()  # before the next is loaded
-    return {"unet_parameters": parameters, "unet_flops": flops, "step_ms": 1000 * seconds}
+    return 1000 * seconds
+
+
+def _count(folder: Path) -> Costs:
+    from koala.unet.cost import unet_cost
+
+    unet = json.loads((folder / "unet" / "config.json").read_text())
+    cost = unet_cost(unet, unet["sample_size"])
+    return {"unet_parameters": cost.parameters, "unet_flops": cost.flops}
 
 
 def _of_pipeline(folder: Path, config: EvaluateConfig) -> Costs:
