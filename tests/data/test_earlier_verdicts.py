@@ -3,7 +3,9 @@
 import hashlib
 import io
 import pickle
+import shutil
 from collections.abc import Iterable
+from contextlib import chdir
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -88,11 +90,21 @@ def run(
     return out
 
 
+@pytest.fixture(scope="module")
+def made_before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the old list's samples, `old`, and what the filter made of them, `before`."""
+    folder = tmp_path_factory.mktemp("list")
+    with chdir(folder):
+        run("before", write(Path("old"), OLD))
+    return folder
+
+
 @pytest.fixture
-def before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the filter made of the old list."""
+def before(made_before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the filter made of the old list, in the current folder."""
+    shutil.copytree(made_before, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    return run("before", write(Path("old"), OLD))
+    return Path("before")
 
 
 @pytest.fixture
