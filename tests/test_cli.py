@@ -49,6 +49,7 @@ def test_outside_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "run koala in the project's folder" in one_line(koala("source"))
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_machine_joins_from_a_checkout(workspace: Path) -> None:
     assert "run this in the checkout" in one_line(koala("worker", "join", "--pool", "gpu"))
     (workspace / "flows").symlink_to(ROOT / "flows")

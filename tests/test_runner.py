@@ -429,6 +429,7 @@ def test_a_stage_by_row_finds_what_it_made_last_of_other_inputs(by_row: Path, ch
     assert found()[4:] == ["nothing", "c", "nothing", "nothing"]
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_checkout_without_it_fetches_it_while_dvc_runs_the_stage(
     by_row: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
