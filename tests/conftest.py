@@ -171,25 +171,28 @@ def recorder() -> Recorder:
     return Recorder()
 
 
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """Have a file made by the first worker that asks for it: `made_once("a.db", make)`, where `make` takes its path."""
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Have a file or folder made by the first worker that asks for it: `made_once("a.db", make)`, where `make` takes its path."""
     base = tmp_path_factory.getbasetemp()
     folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def made(name: str, make: Callable[[Path], object]) -> Path:
-        file, partial = folder / name, folder / f"{name}.partial"
+        found, partial = folder / name, folder / f"{name}.partial"
         with FileLock(folder / f"{name}.lock"):
-            if not file.exists():
+            if not found.exists():
                 make(partial)
-                partial.rename(file)
-        return file
+                partial.rename(found)
+        return found
 
     return made
 
 
 @pytest.fixture(scope="session")
-def empty_store(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def empty_store(made_once: MadeOnce) -> Path:
     """An MLflow database with its tables, which take seconds to make, and nothing else: one for all workers."""
     from mlflow import MlflowClient
 
@@ -203,7 +206,7 @@ def programs() -> Path:
 
 
 @pytest.fixture(scope="session")
-def prefect_tables(made_once: Callable[[str, Callable[[Path], object]], Path], programs: Path) -> Path:
+def prefect_tables(made_once: MadeOnce, programs: Path) -> Path:
     """A database of Prefect with its tables, which take seconds to make, and nothing else: one for all workers."""
 
     def make(file: Path) -> None:
@@ -266,11 +269,10 @@ def change_params(workspace: Path) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_teacher(made_once: MadeOnce) -> Path:
     """The folder of an SDXL pipeline with random weights, small enough for a step to take milliseconds."""
-    folder = tmp_path_factory.mktemp("teacher")
-    tiny_pipeline(unet_channels=(16, 32, 32), unet_depths=(0, 1, 2), text_width=32).save_pretrained(folder)
-    return folder
+    sizes: dict[str, Any] = {"unet_channels": (16, 32, 32), "unet_depths": (0, 1, 2), "text_width": 32}
+    return made_once("teacher", lambda folder: tiny_pipeline(**sizes).save_pretrained(folder))
 
 
 def tiny_pipeline(**sizes: Any) -> Any:
@@ -362,19 +364,21 @@ class Artifacts:
 
 
 @pytest.fixture(scope="session")
-def artifacts(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+def artifacts(tiny_teacher: Path, made_once: MadeOnce) -> Artifacts:
     """A teacher, 37 latents in two buckets, no new captions, and both students."""
     from koala.bench.models import random_latents
     from koala.params import load
     from koala.run import NoRun
     from koala.unet.student import student
 
-    folder = tmp_path_factory.mktemp("artifacts")
-    random_latents(folder / "latents", {(32, 32): 29, (32, 64): 8}, factor=4)
-    for name, config in load(ROOT / "params.yaml").students.items():
-        (folder / "student" / name).mkdir(parents=True)
-        student(config, teacher=tiny_teacher, out=folder / "student" / name, run=NoRun())
-    (folder / "captions").mkdir()
+    def make(folder: Path) -> None:
+        random_latents(folder / "latents", {(32, 32): 29, (32, 64): 8}, factor=4)
+        for name, config in load(ROOT / "params.yaml").students.items():
+            (folder / "student" / name).mkdir(parents=True)
+            student(config, teacher=tiny_teacher, out=folder / "student" / name, run=NoRun())
+        (folder / "captions").mkdir()
+
+    folder = made_once("artifacts", make)
     return Artifacts(folder / "latents", folder / "captions", tiny_teacher, folder / "student")
 
 
