@@ -31,10 +31,10 @@ help: ## list the targets
 
 install: $(VENV)/installed ## make .venv from requirements.lock, if it is missing or older
 
-# uv installs in seconds what takes pip minutes; it looks where pip is told to look. Compiled here by all cores, nothing is by the
-# first command, on one. torch comes first, with what its build for
-# this machine needs (a CUDA build brings its own libraries). The lock names every other package, so nothing more is resolved:
-# `dataclasses`, a backport that img2dataset asks for, would hide the standard library's from Prefect's server.
+# uv installs in seconds what takes pip minutes; it looks where pip is told to look. It compiles on all cores what the first command
+# would compile on one. torch comes first, with what its build for this machine needs (a CUDA build brings its own libraries). The lock
+# names every other package, so nothing more is resolved: `dataclasses`, a backport that img2dataset asks for, would hide the standard
+# library's from Prefect's server.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 $(VENV)/installed: requirements.lock pyproject.toml
