@@ -39,18 +39,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GROWING = (".waiting", ".part")
-"""How files of shards in work end: images that wait for the shard's last, and the shard that is being written."""
+"""Endings of the files of shards in work: images that wait for the shard's last, and the shard that is being written."""
 STATUSES = ("success", "failed_to_download", "failed_to_resize")
 TOP_ERRORS = 20
 TOLD = "koala: "
 """What a line begins with that a worker leaves for us in img2dataset's log."""
 FINISHED = "finished"
-"""File beside the shards in which a worker's process notes each that is finished, by its number, a line each."""
+"""File among the shards in which img2dataset's process notes each that is finished, by its number, a line each."""
 NO_CALLS_HOME = {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}
 """Environment of img2dataset's processes: without update checks and telemetry."""
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 10.0
-"""How often the folder is looked through for work that grows."""
+"""Time between looks through the folder for work that grows."""
 SIDECAR_SECONDS = 30.0
 """Time in which a sidecar must accept connections."""
 _SHARD_FILE = re.compile(r"\d+(\.tar|\.parquet|_stats\.json)")
@@ -127,7 +127,7 @@ def fetch(
     if finished:
         say(f"download: resumes after {len(finished)} of {count} shards")
     log = logs / "img2dataset.log"
-    (shards.parent / FINISHED).write_text("")
+    (shards / FINISHED).write_text("")
     command = [sys.executable, "-m", "koala.data.workers", json.dumps(_options(table, columns, config, shards, known))]
     with ExitStack() as stack:
         helper = stack.enter_context(sidecar(config, _first_url(table), logs) if config.sidecar else nullcontext())
@@ -273,7 +273,7 @@ def _watch(
     last, moved = _footprint(shards), time.monotonic()
     looked = moved
     ended = False
-    with (shards.parent / FINISHED).open() as finished:
+    with (shards / FINISHED).open() as finished:
         while not ended:
             ended = process.poll() is not None
             for number in finished:

@@ -247,7 +247,7 @@ def distribute(
     """Give shards to worker processes, and none up because a worker was killed; note each that is finished for the stage."""
     run = _run_on_ray if engine == "ray" else _run
     rows = reader
-    with (Path(downloader.output_folder).parent / FINISHED).open("a", buffering=1) as finished:
+    with Path(downloader.output_folder, FINISHED).open("a", buffering=1) as finished:
         for _attempt in range(retries + 1):
             failed = []
             for row, succeeded in run(processes, downloader, rows):

@@ -1,6 +1,8 @@
 """Processes that a test has started, found by their working directory: its own folder."""
 
 import os
+import time
+from collections.abc import Callable
 
 import psutil
 
@@ -15,3 +17,10 @@ def mine(marks: str) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def wait_until(true: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)

@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data.processes import mine
+from data.processes import mine, wait_until
 from PIL import Image, ImageDraw, ImageEnhance
 from sklearn.datasets import load_sample_images
+from stages import digests
 
 from koala.data import dedup
 from koala.data.config import FilterConfig, NearDuplicates
@@ -290,11 +291,6 @@ def test_a_shard_that_changed_or_vanished_after_it_was_judged_is_named(out: Path
 # Kills.
 
 
-def digests(folder: Path) -> dict[str, str]:
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
 STAGE = """
 from pathlib import Path
 from koala.data.config import FilterConfig, FilterMachine, NearDuplicates
@@ -325,11 +321,8 @@ def test_killed_again_and_again_it_makes_the_same_bytes(out: Path) -> None:
         kills += process.poll() is None
         process.kill()
         process.wait()
+        wait_until(lambda: not mine(os.getcwd()), 20)  # no worker outlives the stage
+    wait_until(lambda: not mine(os.getcwd()), 20)
     assert kills
     assert digests(Path("cut")) == digests(out)
     assert [row["key"] for row in verdicts(Path("cut"))] == [f"{index:09d}" for index in range(len(forms))]
-    for _ in range(100):  # no worker outlives the stage
-        if not mine(os.getcwd()):
-            break
-        time.sleep(0.1)
-    assert not mine(os.getcwd())

@@ -101,7 +101,7 @@ def made_before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def before(made_before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the filter made of the old list, in the current folder."""
+    """Return what the filter made of the old list, in the current folder."""
     shutil.copytree(made_before, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return Path("before")

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import shares
+from data.processes import wait_until
 
 from koala.data import executor
 from koala.data.executor import Engine
@@ -98,10 +98,3 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path, end: int) 
     for worker in alive:
         worker.kill()
     assert alive == []
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from pydantic import ValidationError
+from stages import digests
 
 from koala.data import filter as stage
 from koala.data import judge as judging
@@ -247,11 +248,6 @@ def test_the_stage_keeps_counts_and_shows(out: Path, recorder: Any) -> None:
     assert {file.name for file in out.iterdir()} == {"00000.tar", "00001.tar", "manifest.json", *REPORT}, (
         "work in progress is left behind"
     )
-
-
-def digests(folder: Path) -> dict[str, str]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def test_the_out_has_the_same_bytes_in_whatever_order_samples_came_and_at_each_call(out: Path, recorder: Any) -> None:

@@ -1,4 +1,4 @@
-"""How the download's shards are cut from the table, compared to img2dataset's own reader."""
+"""The rows of the download's shards, compared to those of img2dataset's own reader."""
 
 from pathlib import Path
 
