@@ -31,6 +31,7 @@ from koala.data.config import DownloadConfig
 from koala.data.earlier_images import index_images
 from koala.data.fetch import FetchConfig
 from koala.data.parquet import named
+from koala.data.worker_options import WorkerOptions
 from koala.errors import DISK_FULL, KoalaError
 from koala.process import guarded, last_line
 from koala.run import STATE, Run
@@ -128,7 +129,8 @@ def fetch(
         say(f"download: resumes after {len(finished)} of {count} shards")
     log = logs / "img2dataset.log"
     (shards / FINISHED).write_text("")
-    command = [sys.executable, "-m", "koala.data.workers", json.dumps(_options(table, columns, config, shards, known))]
+    options = _options(table, columns, config, shards, known)
+    command = [sys.executable, "-m", "koala.data.workers", options.model_dump_json()]
     with ExitStack() as stack:
         helper = stack.enter_context(sidecar(config, _first_url(table), logs) if config.sidecar else nullcontext())
         process = stack.enter_context(guarded(command, log, NO_CALLS_HOME))
@@ -177,8 +179,7 @@ def _told(log: Path) -> list[str]:
 
 def _options(
     table: Path, columns: list[str], config: DownloadConfig, shards: Path, known: tuple[Path, Path] | None
-) -> dict[str, Any]:
-    """Return the fields of koala.data.workers.Options."""
+) -> WorkerOptions:
     arguments = {
         "url_list": str(table),
         "input_format": "parquet",
@@ -201,15 +202,14 @@ def _options(
         "max_shard_retry": 1,
         "enable_wandb": False,
     }
-    fetch = config.machine.model_dump(mode="json", include=set(FetchConfig.model_fields))
-    return {
-        "engine": config.machine.engine,
-        "fetch": fetch,
-        "allow": config.allow,
-        "decode": config.decode.model_dump(mode="json"),
-        "earlier": [str(path.resolve()) for path in known] if known else None,
-        "img2dataset": arguments,
-    }
+    return WorkerOptions(
+        engine=config.machine.engine,
+        fetch=FetchConfig(**config.machine.model_dump(include=set(FetchConfig.model_fields))),
+        allow=config.allow,
+        decode=config.decode,
+        earlier=(known[0].resolve(), known[1].resolve()) if known else None,
+        img2dataset=arguments,
+    )
 
 
 # The sidecar.

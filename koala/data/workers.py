@@ -1,6 +1,6 @@
 """img2dataset's part of the download, with our own fetching and decoding inside its workers.
 
-    python -m koala.data.workers OPTIONS          # OPTIONS: JSON of `Options`
+    python -m koala.data.workers OPTIONS          # OPTIONS: JSON of `WorkerOptions`
 
 Its scheduling, resizing and sharding stay. Replaced are how the table is read, how one image is fetched, how it is decoded
 before it is resized, how a shard is written, and how shards are given to processes. What an earlier run knows of a URL goes
@@ -9,7 +9,6 @@ through it as a fetched image does, but is neither fetched nor resized again.
 
 import functools
 import io
-import json
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -35,7 +34,6 @@ import pyarrow.parquet as pq
 from img2dataset import downloader as of_one_shard
 from img2dataset.resizer import Resizer
 
-from koala.config import Config
 from koala.console import say
 from koala.data import earlier
 from koala.data.decode import DecodeConfig, UnusableError, normalised
@@ -45,40 +43,30 @@ from koala.data.executor import Engine, cluster
 from koala.data.fetch import FetchConfig, Fetcher
 from koala.data.shard_rows import ShardRows
 from koala.data.shards import Sample, write_shard
+from koala.data.worker_options import WorkerOptions
 from koala.errors import DISK_FULL
 
 Row = tuple[int, str]
 """A shard's number and the file of its rows."""
 
 
-class Options(Config):
-    """What the process is told."""
-
-    engine: Engine
-    """Where worker processes run."""
-    fetch: FetchConfig
-    """How an image is fetched."""
-    allow: tuple[str, ...]
-    """See DownloadConfig."""
-    decode: DecodeConfig
-    """How it is decoded."""
-    earlier: tuple[Path, Path] | None = None
-    """Folder of what an earlier run downloaded, and its index."""
-    img2dataset: dict[str, Any]
-    """The arguments of `img2dataset.download`."""
-
-
 class Downloader(of_one_shard.Downloader):  # type: ignore[misc]
     """img2dataset's downloader of a shard, which fetches and decodes by our rules."""
 
-    def __init__(self, options: Options, **arguments: Any) -> None:
+    def __init__(self, options: WorkerOptions, **arguments: Any) -> None:
         """Take img2dataset's arguments."""
         resizer = functools.partial(_resize, options.decode, arguments.pop("resizer"))
         super().__init__(resizer=resizer, **arguments)
         self._options = options
 
     def __call__(self, row: Row) -> tuple[bool, Row]:
-        """Make a shard in a worker process. Return whether it succeeded, and the shard. Raises OSError if the disk is full."""
+        """Make a shard in a worker process. Return whether it succeeded, and the shard. Raises OSError if the disk is full.
+
+        A shard's rows are removed last. Without them it is whole: the process that made it, or another of the pool, was killed
+        before the pool was told.
+        """
+        if not Path(row[1]).exists():
+            return True, row
         self._full = FullDisk()
         held = _held(self._options.earlier, Path(row[1]))
         self.sample_writer_class = functools.partial(Writer, held, self._full)
@@ -341,7 +329,7 @@ def _work(
             yield row, succeeded
 
 
-def main(options: Options) -> None:
+def main(options: WorkerOptions) -> None:
     """Run img2dataset with our parts."""
     whole = import_module("img2dataset.main")  # the package has a function of that name
     for module, name in (
@@ -372,4 +360,4 @@ if __name__ == "__main__":
     os.environ |= NO_CALLS_HOME
     # Under its own name: what is pickled for the workers must not be `__main__`'s.
     ours = import_module("koala.data.workers")
-    ours.main(ours.Options.model_validate(json.loads(sys.argv[1])))
+    ours.main(WorkerOptions.model_validate_json(sys.argv[1]))

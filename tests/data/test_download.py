@@ -538,6 +538,15 @@ def test_png_takes_a_compression() -> None:
         config(encode_quality=95)
 
 
+def test_a_shard_whose_process_was_killed_before_it_could_say_so_is_not_made_again(tmp_path: Path) -> None:
+    """A pool gives up all results that it was not told of when one of its processes is killed."""
+    from koala.data import workers
+
+    downloader = workers.Downloader.__new__(workers.Downloader)
+    row = (3, str(tmp_path / "3.feather"))
+    assert downloader(row) == (True, row)
+
+
 def test_an_error_that_nobody_foresaw_is_the_outcome_of_its_url() -> None:
     """In a thread of img2dataset it would leave the whole shard waiting for this row."""
     from koala.data import workers
