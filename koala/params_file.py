@@ -10,18 +10,30 @@ from pydantic import ValidationError
 from koala.errors import KoalaError
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.CSafeLoader):
     """YAML's safe loader that refuses a key that stands twice, as DVC does; by itself it takes the last, unsaid."""
 
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        names = set()
-        for key, _ in node.value:
-            if key.value in names:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
-            if isinstance(key, yaml.ScalarNode):
-                names.add(key.value)
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        _refuse_repeated(node, set())
         return node
+
+
+def _refuse_repeated(node: yaml.Node | None, seen: set[int]) -> None:
+    if id(node) in seen or not isinstance(node, yaml.CollectionNode):  # an alias may lead back
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated(item, seen)
+        return
+    names = set()
+    for key, value in node.value:
+        if key.value in names:
+            raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
+        if isinstance(key, yaml.ScalarNode):
+            names.add(key.value)
+        _refuse_repeated(value, seen)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class Files:
 def find(stage: str, artifact: Path) -> Last | None:
     """Return what a stage made last in the folder `artifact`, if dvc.lock knows."""
     try:
-        entry = yaml.safe_load(LOCK.read_text())["stages"][stage]
+        entry = yaml.load(LOCK.read_text(), Loader=yaml.CSafeLoader)["stages"][stage]
         contents = {out["path"]: out["md5"] for out in entry["outs"]}
         deps = {dep["path"]: dep["md5"] for dep in entry["deps"]}
         return Last(stage, deps, contents[artifact.as_posix()])

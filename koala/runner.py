@@ -216,7 +216,7 @@ def prepare(stage: str, student: str | None = None) -> Job:
         os.environ.setdefault("OMP_NUM_THREADS", str(params.threads))  # read once, when torch is imported
     if student is not None:
         params.student(student)
-    declared = _declared(stage)
+    declared = _graph()[stage]
     inputs, code = {}, list[Path]()
     for dep in declared.get("deps", ()):
         if _is_artifact(dep):
@@ -289,14 +289,13 @@ def _alone(work: Path) -> Iterator[None]:
         yield
 
 
-def _declared(stage: str) -> dict[str, Any]:
-    """Return what dvc.yaml says of a stage, or of each student's where it has one."""
+def _graph() -> dict[str, dict[str, Any]]:
+    """Return what dvc.yaml says of each stage, or of each student's where it has one."""
     try:
-        stages: dict[str, Any] = yaml.safe_load(GRAPH.read_text())["stages"]
+        stages = yaml.load(GRAPH.read_text(), Loader=yaml.CSafeLoader)["stages"]
     except FileNotFoundError:
         raise KoalaError(f"there is no {GRAPH} here: run koala in the project's folder") from None
-    declared: dict[str, Any] = stages[stage]
-    return {**declared, **declared.get("do", {})}
+    return {stage: {**declared, **declared.get("do", {})} for stage, declared in stages.items()}
 
 
 def _is_artifact(path: Any) -> bool:
@@ -316,9 +315,7 @@ def _made(declared: Mapping[str, Any], profile: str, student: str | None) -> Pat
 
 def _maker(folder: Path, profile: str, student: str | None) -> str:
     """Return the commands that make an artifact."""
-    stages = yaml.safe_load(GRAPH.read_text())["stages"]
-    for stage in stages:
-        declared = _declared(stage)
+    for stage, declared in _graph().items():
         who = student if "foreach" in declared else None
         if ("foreach" not in declared or student) and _made(declared, profile, who) == folder:
             return f"`dvc repro {stage}{'@' + who if who else ''}` (or `koala {stage}{' ' + who if who else ''}`)"
