@@ -95,7 +95,7 @@ def _own_dtype(device: torch.device) -> contextlib.AbstractContextManager[None]:
 def _predict(
     unet: UNet2DConditionModel, noisy: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor, time_ids: Tensor
 ) -> Tensor:
-    dtype = unet.dtype
+    dtype = unet.conv_in.weight.dtype  # `unet.dtype` walks through all modules: milliseconds
     predicted: Tensor = unet(
         noisy.to(dtype),
         timesteps,
