@@ -1,6 +1,7 @@
 """What tests of several packages share: a workspace of their own, and models and latents a few numbers wide."""
 
 import gc
+import json
 import multiprocessing
 import multiprocessing.spawn
 import os
@@ -231,7 +232,7 @@ def forked(programs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
     """A folder with params.yaml at profile `smoke`, dvc.yaml, infra/, and an MLflow store; the current folder."""
-    document = yaml.safe_load((ROOT / "params.yaml").read_text())
+    document = yaml.load((ROOT / "params.yaml").read_text(), yaml.CSafeLoader)
     document["profile"] = "smoke"
     document["machines"]["cpu"]["distill"] |= {
         "launch": "infra/accelerate/cpu.yaml",  # one process starts sooner; two are tested where they matter
@@ -266,6 +267,23 @@ def change_params(workspace: Path) -> Callable[..., None]:
         file.write_text(yaml.safe_dump(document))
 
     return change
+
+
+@pytest.fixture(scope="module")
+def counted_once() -> Iterator[None]:
+    """Count each U-Net's operations once: it takes half a second, each time with the same result."""
+    from koala.unet import cost
+
+    known: dict[str, Any] = {}
+    plain = cost.unet_cost
+
+    def counted(config: Mapping[str, Any], latent_size: int) -> Any:
+        key = json.dumps([dict(config), latent_size])
+        return known.get(key) or known.setdefault(key, plain(config, latent_size))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "unet_cost", counted)
+        yield
 
 
 @pytest.fixture(scope="session")

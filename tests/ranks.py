@@ -4,6 +4,7 @@ Each rank is a process of its own with the environment that accelerate's launche
 where `koala distill` is.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import re
@@ -36,6 +37,7 @@ def rank(file: str, environment: dict[str, str], said: str, backend: str | None)
     os.environ.update(environment)
     sys.stderr = open(said, "a", buffering=1)  # noqa: SIM115
     os.dup2(sys.stderr.fileno(), 2)
+    faulthandler.register(signal.SIGUSR1, sys.stderr)
     multiprocessing.set_start_method("fork", force=True)  # as in a process that was not forked itself
     import torch
 
@@ -133,6 +135,10 @@ class Training:
         """Wait until training has ended well."""
         for each in self.ranks:
             each.join(seconds)
+        for each in self.ranks:
+            if each.pid and each.is_alive():
+                os.kill(each.pid, signal.SIGUSR1)  # have it say where it is
+                time.sleep(0.5)
         assert [each.exitcode for each in self.ranks] == [0] * len(self.ranks), self.said.read_text()
 
     def statuses(self, seconds: float = 30) -> list[int | None]:

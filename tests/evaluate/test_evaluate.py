@@ -24,22 +24,8 @@ from koala.evaluate.metrics.psnr import Psnr
 from koala.evaluate.prompts import seeded_prompts
 from koala.publish.gate import Requirement, judge
 from koala.run import STATE, NoRun
-from koala.unet import cost as unet_cost
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _counted_once():
-    """Counting a U-Net's operations takes half a second, each time with the same result."""
-    known = {}
-
-    def counted(config, latent_size):
-        key = json.dumps([config, latent_size])
-        return known.get(key) or known.setdefault(key, plain(config, latent_size))
-
-    plain = unet_cost.unet_cost
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unet_cost, "unet_cost", counted)
-        yield
+pytestmark = pytest.mark.usefixtures("counted_once")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,13 @@ from koala.unet.weights import weight_map
 
 def modules(config: dict[str, Any]) -> list[str]:
     """The modules of a U-Net that a LoRA may change."""
-    return [name for name, module in empty_unet(config).named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    return _modules(json.dumps(config))
+
+
+@cache
+def _modules(config: str) -> list[str]:
+    unet = empty_unet(json.loads(config))
+    return [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
 
 def of_student(name: str) -> tuple[dict[str, Any], Any]:

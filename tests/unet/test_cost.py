@@ -36,6 +36,8 @@ TFLOP = {  # at 512 and at 1024 px
 }
 SELF_ATTENTIONS = {"sdxl": 70, "koala-1b": 30, "koala-700m": 21}
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
 
 @pytest.fixture(scope="module")
 def cost_of(rules):
