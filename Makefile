@@ -8,8 +8,8 @@ PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-# Three at a time, also on two cores, since they wait too. Files in the order of tests/conftest.py: the longest first.
-PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
+# Four at a time, also on two cores, since they wait too. Files in the order of tests/conftest.py: the longest first.
+PARALLEL := -n 4 --dist loadfile --no-loadscope-reorder
 
 export PATH := $(BIN):$(PATH)
 # Disable telemetry in every tool.

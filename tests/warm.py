@@ -14,8 +14,6 @@ import weakref
 from importlib import import_module
 from unittest.mock import patch
 
-import huge_pages
-
 from koala.cli import QUIET
 
 os.environ |= QUIET
@@ -105,4 +103,3 @@ atexit.register(lambda: ray.is_initialized() and ray.shutdown(True))
 gc.set_threshold(7_000, 20, 20)
 gc.enable()
 gc.freeze()
-huge_pages.take()
