@@ -1,4 +1,4 @@
-"""What the download tells the process that img2dataset runs in (koala.data.workers)."""
+"""Options of the process that img2dataset runs in (koala.data.workers), which the download starts."""
 
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,16 @@ from koala.data.fetch import FetchConfig
 
 
 class WorkerOptions(Config):
-    """What the process is told."""
+    """Options of the process, as JSON on its command line."""
 
     engine: Engine
-    """Where worker processes run."""
+    """Place of the workers: this machine, or a Ray cluster."""
     fetch: FetchConfig
-    """How an image is fetched."""
+    """Limits and retries of a request."""
     allow: tuple[str, ...]
     """See DownloadConfig."""
     decode: DecodeConfig
-    """How it is decoded."""
+    """Limits of an image that is decoded."""
     earlier: tuple[Path, Path] | None = None
     """Folder of what an earlier run downloaded, and its index."""
     img2dataset: dict[str, Any]

@@ -62,10 +62,11 @@ class Downloader(of_one_shard.Downloader):  # type: ignore[misc]
     def __call__(self, row: Row) -> tuple[bool, Row]:
         """Make a shard in a worker process. Return whether it succeeded, and the shard. Raises OSError if the disk is full.
 
-        A shard's rows are removed last. Without them it is whole: the process that made it, or another of the pool, was killed
-        before the pool was told.
+        A shard's counts are written and its rows removed last. One that is whole comes again where a process of the pool was
+        killed before the pool was told.
         """
-        if not Path(row[1]).exists():
+        counts = Path(self.output_folder, f"{row[0]:0{self.oom_shard_count}d}_stats.json")
+        if counts.exists() and not Path(row[1]).exists():
             return True, row
         self._full = FullDisk()
         held = _held(self._options.earlier, Path(row[1]))

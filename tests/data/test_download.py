@@ -30,7 +30,10 @@ from stages import digests
 
 from koala.data import download as stage
 from koala.data.config import DownloadConfig, DownloadMachine
+from koala.data.decode import DecodeConfig
+from koala.data.fetch import FetchConfig
 from koala.data.shards import Sample, read_shards, shards, write_shard
+from koala.data.worker_options import WorkerOptions
 from koala.demo.server import TINY, ShapesServer, jpeg
 from koala.disk import naming_full_disk
 from koala.errors import KoalaError
@@ -542,8 +545,12 @@ def test_a_shard_whose_process_was_killed_before_it_could_say_so_is_not_made_aga
     """A pool gives up all results that it was not told of when one of its processes is killed."""
     from koala.data import workers
 
+    options = WorkerOptions(engine="processes", fetch=FetchConfig(), allow=(), decode=DecodeConfig(), img2dataset={})
     downloader = workers.Downloader.__new__(workers.Downloader)
+    vars(downloader).update(output_folder=str(tmp_path), oom_shard_count=5, _options=options)
     row = (3, str(tmp_path / "3.feather"))
+    assert downloader(row) == (False, row)  # a machine that does not see the rows
+    (tmp_path / "00003_stats.json").write_text("{}")
     assert downloader(row) == (True, row)
 
 
